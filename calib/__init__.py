@@ -1,0 +1,6 @@
+"""Calibration: data, statistics of the sites' inputs, block-wise training of what a recipe leaves to learn."""
+
+from splitq_jax.calib.blocks import data_mesh as data_mesh
+from splitq_jax.calib.reconstruction import FitConfig as FitConfig
+from splitq_jax.calib.reconstruction import fit as fit
+from splitq_jax.calib.statistics import collect as collect

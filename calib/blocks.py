@@ -1,0 +1,125 @@
+"""Calibration batches at the door of the decoder, sharded over a ``data`` mesh axis, and the walk through its blocks.
+
+Only one block's inputs and outputs are held at a time, on the host, so memory does not grow with the depth.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
+
+from splitq_jax.errors import InputError
+
+Batch = Mapping[str, np.ndarray]
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """A batch between two blocks: ``x`` of shape (B, L, D) and the model's context, both on the host."""
+
+    x: Float[np.ndarray, "B L D"]
+    context: Any
+
+
+def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh with the one axis ``data`` over the given (default: all) devices."""
+    devices = devices or jax.devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def block_name(i: int) -> str:
+    """Return the path of decoder block ``i``."""
+    return f"decoder/blocks_{i}"
+
+
+def block_params(params: Params, i: int) -> Params:
+    """Return the parameters of decoder block ``i``."""
+    found: Params = params["decoder"][f"blocks_{i}"]
+    return found
+
+
+def pad_rows(hidden: Hidden, multiple: int) -> Hidden:
+    """Repeat the last sample until the mesh divides the batch; the copies are marked invalid and count for nothing."""
+    rows = -hidden.x.shape[0] % multiple
+    if rows == 0:
+        return hidden
+    repeat: Callable[[np.ndarray], np.ndarray] = lambda a: np.concatenate([a, np.repeat(a[-1:], rows, axis=0)])  # noqa: E731
+    context = jax.tree.map(repeat, hidden.context)
+    valid = context.valid.copy()
+    valid[-rows:] = False
+    return Hidden(repeat(hidden.x), context.replace(valid=valid))
+
+
+def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidden]:
+    """Run the vision tower, the projector and the embedding.
+
+    Raises:
+      InputError: no batch at all.
+    """
+    run = jax.jit(lambda p, b: model.apply({"params": p}, **b, method="embed"))
+    outer = {name: child for name, child in params.items() if name != "decoder"}
+    outer["decoder"] = {k: v for k, v in params["decoder"].items() if not k.startswith("blocks_")}
+    empty = True
+    for batch in batches:
+        empty = False
+        out = jax.tree.map(np.asarray, run(outer, dict(batch)))
+        yield Hidden(out.x, out.context)
+    if empty:
+        raise InputError("calibration: the set is empty; give at least one image with a question and an answer")
+
+
+def sharded(fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Jit ``fn`` under `jax.shard_map`; arguments are placed by their specs."""
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """Put host arrays on the mesh, the leading axis over ``data``."""
+    return jax.device_put(tree, NamedSharding(mesh, P("data")))
+
+
+def forward(model: Any, mesh: Mesh) -> Callable[[Params, Sequence[Hidden]], list[Hidden]]:
+    """Return a function that maps hidden batches through one block, given the block's parameters."""
+    block = model.block()
+    step = sharded(
+        lambda p, x, context: block.apply({"params": p}, x, context), mesh, (P(), P("data"), P("data")), P("data")
+    )
+
+    def run(p: Params, hiddens: Sequence[Hidden]) -> list[Hidden]:
+        outs = []
+        for hidden in hiddens:
+            padded = pad_rows(hidden, mesh.size)
+            y = np.asarray(step(p, place(mesh, padded.x), place(mesh, padded.context)))
+            outs.append(Hidden(y[: hidden.x.shape[0]], hidden.context))
+        return outs
+
+    return run
+
+
+stack_rows = partial(jax.tree.map, lambda *a: np.concatenate(a))
+
+
+def merge(hiddens: Sequence[Hidden]) -> Hidden:
+    """Concatenate batches of one length into one.
+
+    Raises:
+      InputError: batches of different lengths.
+    """
+    lengths = {h.x.shape[1] for h in hiddens}
+    if len(lengths) != 1:
+        raise InputError(f"calibration: batches of lengths {sorted(lengths)}; pad them to one length")
+    return Hidden(np.concatenate([h.x for h in hiddens]), stack_rows(*[h.context for h in hiddens]))
+
+
+def finite(path: str, value: jnp.ndarray | np.ndarray, what: str) -> None:
+    """Raise `InputError` where an array has NaN or infinite entries."""
+    if not np.isfinite(np.asarray(value)).all():
+        raise InputError(f"{path}: {what} are not finite; check the weights and the calibration samples")

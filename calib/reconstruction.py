@@ -1,0 +1,245 @@
+"""Block-wise training of what a recipe leaves to learn (arXiv 2605.19929, sec. 3.4, with FlatQuant's optimizer settings).
+
+Teacher and student read the float input of the block; the loss is the error of the block's output, divided by its own detached
+value. Samples are shared over the ``data`` axis; the gradient is the mean over it.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+from rich.progress import Progress
+
+from splitq_jax.calib.blocks import (
+    Batch,
+    Hidden,
+    Params,
+    block_name,
+    block_params,
+    data_mesh,
+    embed,
+    forward,
+    merge,
+    pad_rows,
+    place,
+    sharded,
+)
+from splitq_jax.calib.run import Run
+from splitq_jax.errors import InputError
+from splitq_jax.quantize import kernels, replace_kernels
+from splitq_jax.site import TrainableSplit, learnable, with_learnable
+
+Loss = Literal["mse", "mae", "balanced", "token"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How blocks are trained; the defaults are the full recipe.
+
+    Attributes:
+      epochs: passes over the calibration samples.
+      steps: a bound on the steps a block, or None; the schedule ends there.
+      batch: samples a step.
+      transform_rate: learning rate of the transforms.
+      clip_rate: learning rate of clips and gates.
+      weight_decay: AdamW's, on the transforms.
+      final: the cosine schedule's end, as a share of its start.
+      loss: ``mse``; ``mae``; ``balanced``: vision and text weigh alike (after MBQ, arXiv 2412.19509); ``token``: each token's error is
+        divided by what the block adds to that token, so that massive tokens do not dominate.
+      seed: of the order of the samples.
+    """
+
+    epochs: int = 15
+    steps: int | None = None
+    batch: int = 4
+    transform_rate: float = 5e-3
+    clip_rate: float = 5e-2
+    weight_decay: float = 1e-2
+    final: float = 1e-3
+    loss: Loss = "mse"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in get_args(Loss):
+            raise InputError(f"loss {self.loss!r}: expected one of {', '.join(get_args(Loss))}")
+        if min(self.epochs, self.batch, 1 if self.steps is None else self.steps) < 1:
+            raise InputError(f"epochs {self.epochs}, steps {self.steps}, batch {self.batch}: each must be at least 1")
+
+
+EFFORTS = {"light": FitConfig(steps=24), "full": FitConfig()}
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """Relative output error ``sum |e|^2 / sum |y - x|^2`` of one block on held-out samples, before and after training."""
+
+    path: str
+    before: float
+    after: float
+
+
+def fit(
+    model: Any,
+    params: Params,
+    prepared: Params,
+    batches: Iterable[Batch],
+    config: FitConfig = FitConfig(),
+    *,
+    held_out: Iterable[Batch] = (),
+    run: Run | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[Params, list[BlockError]]:
+    """Train the `TrainableSplit` leaves of ``prepared``, block by block, in order.
+
+    Args:
+      model: the Flax model.
+      params: its float parameters (the teacher).
+      prepared: `prepare`'s tree (the student).
+      batches: calibration batches, all of one length.
+      config: optimizer settings.
+      held_out: batches for the reported errors; the calibration batches if empty.
+      run: where finished blocks are kept, to resume from; None keeps nothing.
+      mesh: devices to share the samples (axis ``data``).
+      progress: a rich progress bar to add a task to.
+
+    Returns:
+      The trained tree and the blocks' errors.
+
+    Raises:
+      InputError: an empty set; batches of different lengths; an error that is not finite.
+    """
+    mesh = mesh or data_mesh(jax.devices()[:1])
+    data = merge(list(embed(model, params, batches)))
+    held = list(held_out)
+    test = merge(list(embed(model, params, held))) if held else None
+    advance = forward(model, mesh)
+    step, optimizer, measure = _functions(model, mesh, config, data.x.shape[0])
+    orders = _orders(data.x.shape[0], config)
+    depth = model.config.num_layers
+    task = None if progress is None else progress.add_task("training blocks", total=depth * len(orders))
+    errors = []
+    for i in range(depth):
+        teacher, student = block_params(params, i), block_params(prepared, i)
+        sites = {k: v for k, v in kernels(student).items() if isinstance(v, TrainableSplit)}
+        (y,) = advance(teacher, [data])
+        (y_test,) = advance(teacher, [test]) if test is not None else (None,)
+        probe, probe_y = (data, y) if test is None or y_test is None else (test, y_test)
+        theta = {name: learnable(site) for name, site in sites.items()}
+        kept = None if run is None else run.load(i, theta)
+        if kept is not None:
+            theta, error = kept[0], BlockError(block_name(i), *kept[1])
+        elif not jax.tree.leaves(theta):
+            before = measure(student, theta, probe, probe_y)
+            error = BlockError(block_name(i), before, before)
+        else:
+            before = measure(student, theta, probe, probe_y)
+            state = optimizer.init(theta)
+            for order in orders:
+                part, target = pad_rows(take(data, order), mesh.size), pad_rows(take(y, order), mesh.size)
+                placed = place(mesh, (part.x, target.x, part.context))
+                theta, state = step(student, theta, state, *placed)
+                if progress is not None and task is not None:
+                    progress.advance(task)
+            error = BlockError(block_name(i), before, measure(student, theta, probe, probe_y))
+            if not np.isfinite(error.after):
+                raise InputError(f"{block_name(i)}: training diverged (error {error.after}); lower the learning rates")
+            if run is not None:
+                run.save(i, theta, (error.before, error.after))
+        errors.append(error)
+        student = replace_kernels(student, {n: with_learnable(site, theta[n]) for n, site in sites.items()})
+        prepared = {**prepared, "decoder": {**prepared["decoder"], f"blocks_{i}": student}}
+        data, test = y, y_test
+    return prepared, errors
+
+
+def take(hidden: Hidden, rows: np.ndarray) -> Hidden:
+    """Return some samples of a batch."""
+    return Hidden(hidden.x[rows], jax.tree.map(lambda a: a[rows], hidden.context))
+
+
+def _orders(samples: int, config: FitConfig) -> list[np.ndarray]:
+    rng = np.random.default_rng(config.seed)
+    size = min(config.batch, samples)
+    orders = []
+    for _ in range(config.epochs):
+        order = rng.permutation(samples)
+        orders += [order[a : a + size] for a in range(0, samples - size + 1, size)]
+    return orders[: config.steps]
+
+
+def token_weights(loss: Loss, x: Float[Array, "B L D"], y: Float[Array, "B L D"], context: Any) -> Float[Array, "B L 1"]:
+    """Return each token's weight in the loss, not yet normalised over the batch; padding gets 0."""
+    valid = context.valid.astype(y.dtype)
+    if loss == "token":
+        valid = valid / jnp.maximum(jnp.sum((y - x) ** 2, axis=-1), 1e-12)
+    if loss == "balanced":
+        text = valid * context.is_text
+        vision = valid - text
+        counts = jax.lax.psum((jnp.sum(text), jnp.sum(vision)), "data")
+        valid = text / jnp.maximum(counts[0], 1) + vision / jnp.maximum(counts[1], 1)
+    return valid[..., None]
+
+
+def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple[Any, Any, Callable[..., float]]:
+    block = model.block()
+    steps = len(_orders(samples, config))
+
+    def rate(start: float) -> Any:
+        return optax.cosine_decay_schedule(start, steps, alpha=config.final)
+
+    optimizer = optax.partition(
+        {
+            "transforms": optax.adamw(rate(config.transform_rate), weight_decay=config.weight_decay),
+            "clips": optax.adamw(rate(config.clip_rate), weight_decay=config.weight_decay),
+        },
+        lambda theta: {n: {k: jax.tree.map(lambda _, k=k: k, v) for k, v in t.items()} for n, t in theta.items()},
+    )
+
+    def predict(student: Params, theta: Any, x: Array, context: Any) -> Array:
+        sites = kernels(student)
+        merged = replace_kernels(student, {n: with_learnable(sites[n], t) for n, t in theta.items()})
+        y: Array = block.apply({"params": merged}, x, context)
+        return y
+
+    def total(theta: Any, student: Params, x: Array, y: Array, context: Any) -> Array:
+        error = predict(student, theta, x, context) - y
+        distance = jnp.abs(error) if config.loss == "mae" else error**2
+        return jnp.sum(distance * token_weights(config.loss, x, y, context))
+
+    def update(student: Params, theta: Any, state: Any, x: Array, y: Array, context: Any) -> tuple[Any, Any]:
+        # the normalisation by the detached loss cancels every constant factor: sum over the shards, divide by the sum
+        value, grads = jax.value_and_grad(total)(theta, student, x, y, context)
+        value, grads = jax.lax.psum((value, grads), "data")
+        grads = jax.tree.map(lambda g: g / jnp.maximum(value, 1e-30), grads)
+        updates, state = optimizer.update(grads, state, theta)
+        return optax.apply_updates(theta, updates), state
+
+    def errors(student: Params, theta: Any, x: Array, y: Array, context: Any) -> tuple[Array, Array]:
+        valid = context.valid[..., None]
+        e = jnp.where(valid, predict(student, theta, x, context) - y, 0)
+        return jax.lax.psum((jnp.sum(e**2), jnp.sum(jnp.where(valid, y - x, 0) ** 2)), "data")
+
+    rows = P("data")
+    step = sharded(update, mesh, (P(), P(), P(), rows, rows, rows), (P(), P()))
+    evaluate = sharded(errors, mesh, (P(), P(), rows, rows, rows), (P(), P()))
+
+    def measure(student: Params, theta: Any, hidden: Hidden, y: Hidden) -> float:
+        size = 16  # bounded memory; the last part is padded
+        sums = np.zeros(2)
+        for a in range(0, hidden.x.shape[0], size):
+            rows = np.arange(a, min(a + size, hidden.x.shape[0]))
+            multiple = -(-size // mesh.size) * mesh.size
+            part, target = pad_rows(take(hidden, rows), multiple), pad_rows(take(y, rows), multiple)
+            sums += [float(s) for s in evaluate(student, theta, *place(mesh, (part.x, target.x, part.context)))]
+        return float(sums[0] / sums[1])
+
+    return step, optimizer, measure

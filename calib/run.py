@@ -1,0 +1,106 @@
+"""A resumable calibration run: a folder with one safetensors file a finished block, and a fingerprint of what it was made from."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from splitq_jax.errors import InputError
+
+
+def fingerprint(*trees: Any) -> str:
+    """Return the SHA-256 of arrays and of the ``repr`` of everything else, such as recipes and settings."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+        digest.update(jax.tree_util.keystr(path).encode())
+        if isinstance(leaf, jax.Array | np.ndarray):
+            digest.update(f"{leaf.dtype}{leaf.shape}".encode())
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+class Run:
+    """Keeps finished blocks under ``folder``; a second writer and a different fingerprint are refused."""
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        """Open or create the run.
+
+        Raises:
+          InputError: the folder belongs to a different run, or another process writes to it.
+        """
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        manifest = self.folder / "run.json"
+        if manifest.exists():
+            found = json.loads(manifest.read_text())["fingerprint"]
+            if found != fingerprint:
+                self.close()
+                raise InputError(
+                    f"{manifest}: fingerprint {found[:12]}… of another run, this one has {fingerprint[:12]}… (weights, recipe, "
+                    "calibration set or versions differ); use another folder or delete this one"
+                )
+        else:
+            _write(manifest, json.dumps({"fingerprint": fingerprint}).encode())
+
+    def _lock(self) -> None:
+        self._pid = self.folder / "writer.pid"
+        try:
+            with self._pid.open("x") as f:
+                f.write(str(os.getpid()))
+        except FileExistsError:
+            owner = int(self._pid.read_text() or 0)
+            if owner != os.getpid() and Path(f"/proc/{owner}").exists():
+                raise InputError(f"{self._pid}: process {owner} writes to this run; wait for it or use another folder") from None
+            self._pid.write_text(str(os.getpid()))  # left behind by a killed process
+
+    def close(self) -> None:
+        """Release the folder."""
+        self._pid.unlink(missing_ok=True)
+
+    def save(self, block: int, theta: Any, error: tuple[float, float]) -> None:
+        """Keep a finished block."""
+        flat = {jax.tree_util.keystr(p): np.ascontiguousarray(v) for p, v in jax.tree_util.tree_leaves_with_path(theta)}
+        temporary = self.folder / f".block_{block:03d}.tmp"
+        save_file(flat, temporary, metadata={"before": repr(error[0]), "after": repr(error[1]), "sha256": fingerprint(flat)})
+        temporary.replace(self._file(block))
+
+    def load(self, block: int, like: Any) -> tuple[Any, tuple[float, float]] | None:
+        """Return a finished block's learnable arrays, shaped like ``like``, and its errors; None if it is not finished.
+
+        Raises:
+          InputError: a damaged file.
+        """
+        file = self._file(block)
+        if not file.exists():
+            return None
+        from safetensors import safe_open
+
+        try:
+            flat = load_file(file)
+            with safe_open(file, "numpy") as f:
+                metadata = f.metadata()
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: {error}; delete the file to train this block again") from None
+        if fingerprint(flat) != metadata["sha256"]:
+            raise InputError(f"{file}: checksum differs; delete the file to train this block again")
+        paths, tree = jax.tree_util.tree_flatten_with_path(like)
+        values = [jax.numpy.asarray(flat[jax.tree_util.keystr(p)]) for p, _ in paths]
+        return jax.tree.unflatten(tree, values), (float(metadata["before"]), float(metadata["after"]))
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block_{block:03d}.safetensors"
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,200 @@
+"""Statistics of every site's input over the calibration set, in two streamed passes a block.
+
+The first finds maxima and with them ``C_v``; the second counts the text tokens' ranks among the other channels. Maxima and counts
+are the same under any order and any sharding of the samples.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+from rich.progress import track
+
+from splitq_jax.calib.blocks import (
+    Batch,
+    Hidden,
+    Params,
+    block_name,
+    block_params,
+    data_mesh,
+    embed,
+    finite,
+    pad_rows,
+    place,
+    sharded,
+)
+from splitq_jax.errors import InputError
+from splitq_jax.mocd import FIRST, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
+
+
+def collect(
+    model: Any,
+    params: Params,
+    batches: Iterable[Batch],
+    split: SplitSize = SplitSize(),
+    *,
+    skip_first: bool = True,
+    gram: bool = False,
+    one_modality: bool = False,
+    vision_tower: bool = False,
+    mesh: Mesh | None = None,
+    progress: bool = True,
+) -> dict[str, SiteStats]:
+    """Collect the statistics of all decoder sites (and, on request, of the vision tower's).
+
+    Args:
+      model: the Flax model.
+      params: its float parameters.
+      batches: calibration batches.
+      split: the size of the side groups; ranks are counted among the channels that it leaves.
+      skip_first: leave each sample's first token out of the scores: models park massive activations on it.
+      gram: also collect ``X^T X``, which GPTQ needs.
+      one_modality: accept a set with only text or only vision tokens.
+      vision_tower: also collect maxima for the vision tower's sites.
+      mesh: devices to share the samples (axis ``data``).
+      progress: show a progress bar.
+
+    Raises:
+      InputError: an empty set, one modality only, values that are not finite.
+    """
+    mesh = mesh or data_mesh(jax.devices()[:1])
+    batches = list(batches)
+    hiddens = list(embed(model, params, batches))
+    check_modalities(hiddens, one_modality)
+    stats = _vision_stats(model, params, batches) if vision_tower else {}
+    first_pass, second_pass = _passes(model, mesh, skip_first, gram)
+    for i in track(range(model.config.num_layers), "collecting statistics", disable=not progress):
+        p = block_params(params, i)
+        sums: dict[str, dict[str, np.ndarray]] = {}
+        outs = []
+        for hidden in hiddens:
+            padded = pad_rows(hidden, mesh.size)
+            y, part = first_pass(p, place(mesh, padded.x), place(mesh, padded.context))
+            outs.append(Hidden(np.asarray(y)[: hidden.x.shape[0]], hidden.context))
+            part = jax.tree.map(np.asarray, part)
+            sums = part if not sums else {name: _add(sums[name], part[name]) for name in part}
+        for name, s in sums.items():
+            finite(f"{block_name(i)}/{name}", s["absmax"], "activations")
+        chosen = {n: np.asarray(top(s["absmax"][VISION], split.channels(s["absmax"].shape[1]))) for n, s in sums.items()}
+        main = {n: ~np.isin(np.arange(s["absmax"].shape[1]), chosen[n]) for n, s in sums.items()}
+        ranks: dict[str, np.ndarray] = {}
+        for hidden in hiddens:
+            padded = pad_rows(hidden, mesh.size)
+            where = text_positions(padded, skip_first, max(_texts(h, skip_first).sum(1).max() for h in hiddens))
+            part = second_pass(p, place(mesh, padded.x), place(mesh, padded.context), place(mesh, where), main)
+            part = jax.tree.map(np.asarray, part)
+            ranks = part if not ranks else {n: ranks[n] + part[n] for n in part}
+        for n, s in sums.items():
+            stats[f"{block_name(i)}/{n}"] = SiteStats(
+                **{k: jnp.asarray(v) for k, v in s.items()},
+                vision_channels=jnp.asarray(chosen[n], jnp.int32),
+                ranks=jnp.asarray(ranks[n]),
+            )
+        hiddens = outs
+    return stats
+
+
+def check_modalities(hiddens: list[Hidden], one_modality: bool = False) -> None:
+    """Raise `InputError` unless the set holds vision and text tokens."""
+    text = sum(int((h.context.valid & h.context.is_text).sum()) for h in hiddens)
+    vision = sum(int((h.context.valid & ~h.context.is_text).sum()) for h in hiddens)
+    if min(text, vision) == 0 and not one_modality:
+        missing = "vision" if vision == 0 else "text"
+        raise InputError(
+            f"calibration: {text} text and {vision} vision tokens; the method needs both; add samples with {missing}"
+        )
+
+
+def _texts(hidden: Hidden, skip_first: bool) -> Bool[np.ndarray, "B L"]:
+    context = hidden.context
+    scored = context.valid & context.is_text
+    return np.asarray(scored & (context.positions > 0) if skip_first else scored)
+
+
+def text_positions(hidden: Hidden, skip_first: bool, most: int) -> dict[str, np.ndarray]:
+    """Return the places of each sample's scored text tokens, at most ``most``, and which entries are real.
+
+    Ranks need a sort a token; gathering the text tokens first spares it for the vision tokens.
+    """
+    text = _texts(hidden, skip_first)
+    index = np.argsort(~text, axis=1, kind="stable")[:, :most]
+    return {"index": index, "real": np.take_along_axis(text, index, axis=1)}
+
+
+def _add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k: np.maximum(a[k], b[k]) if k == "absmax" else a[k] + b[k] for k in a}
+
+
+def _passes(model: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, Any]:
+    block = model.block()
+
+    def inputs(p: Params, x: Array, context: Any) -> tuple[Array, dict[str, Array]]:
+        y, state = block.apply({"params": p}, x, context, mutable=["inputs"])
+        return y, {name: entry["kernel"][0] for name, entry in state["inputs"].items()}
+
+    def first(p: Params, x: Array, context: Any) -> tuple[Array, dict[str, dict[str, Array]]]:
+        y, sites = inputs(p, x, context)
+        is_first = context.valid & context.is_text & (context.positions == 0) & skip_first
+        classes = {VISION: ~context.is_text, TEXT: context.is_text & ~is_first, FIRST: is_first}
+        masks = jnp.stack([classes[c] & context.valid for c in range(3)])  # 3 B L
+        return y, {name: _sums(v, masks, gram) for name, v in sites.items()}
+
+    def second(p: Params, x: Array, context: Any, where: Any, main: dict[str, Array]) -> dict[str, Array]:
+        _, sites = inputs(p, x, context)
+        out = {}
+        for name, v in sites.items():
+            texts = jnp.take_along_axis(v, where["index"][..., None], axis=1).reshape(-1, v.shape[-1])
+            counts = rank_histogram(token_ranks(texts, main[name]), where["real"].reshape(-1))
+            out[name] = jax.lax.psum(counts, "data")
+        return out
+
+    rows = P("data")
+    return (
+        sharded(first, mesh, (P(), rows, rows), (rows, P())),
+        sharded(second, mesh, (P(), rows, rows, rows, P()), P()),
+    )
+
+
+def _sums(v: Float[Array, "B L D"], masks: Bool[Array, "3 B L"], gram: bool) -> dict[str, Array]:
+    magnitude = jnp.abs(v)
+    absmax = jnp.stack([jnp.max(jnp.where(m[..., None], magnitude, 0), axis=(0, 1)) for m in masks])
+    sums = {
+        "abs_sum": jnp.stack([jnp.sum(jnp.where(m[..., None], magnitude, 0), axis=(0, 1)) for m in masks]),
+        "count": jnp.sum(masks, axis=(1, 2)).astype(jnp.float32),
+    }
+    if gram:
+        live = jnp.where(jnp.any(masks, axis=0)[..., None], v, 0).reshape(-1, v.shape[-1])
+        sums["gram"] = live.T @ live
+    return {"absmax": jax.lax.pmax(absmax, "data"), **jax.lax.psum(sums, "data")}
+
+
+def _vision_stats(model: Any, params: Params, batches: list[Batch]) -> dict[str, SiteStats]:
+    """Maxima of the vision tower's sites; one modality, so no ranks and no split."""
+
+    @jax.jit
+    def run(p: Params, batch: Any) -> dict[str, dict[str, Array]]:
+        _, state = model.apply({"params": p}, **batch, method="embed", mutable=["inputs"])
+        blocks = {k: v for k, v in state["inputs"]["vision"].items() if k.startswith("blocks_")}
+        sites = {f"vision/{b}/{n}": e["kernel"][0] for b, entry in blocks.items() for n, e in entry.items()}
+        return {path: {"absmax": jnp.max(jnp.abs(v), axis=(0, 1)), "abs_sum": jnp.sum(jnp.abs(v), axis=(0, 1))} for path, v in sites.items()}
+
+    total: dict[str, dict[str, np.ndarray]] = {}
+    for batch in batches:
+        part = jax.tree.map(np.asarray, run(params, dict(batch)))
+        total = part if not total else {path: _add(total[path], part[path]) for path in part}
+    out = {}
+    for path, s in total.items():
+        finite(path, s["absmax"], "activations")
+        only_vision = {k: jnp.zeros((3, v.shape[0])).at[VISION].set(v) for k, v in s.items()}
+        out[path] = SiteStats(
+            **only_vision,
+            count=jnp.ones(3),
+            vision_channels=jnp.zeros(0, jnp.int32),
+            ranks=jnp.zeros((s["absmax"].shape[0], 1), jnp.int32),
+        )
+    return out

@@ -1,0 +1,36 @@
+"""Post-training quantization of vision-language models in JAX: SplitQ (arXiv 2605.19929) and its baselines."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from splitq_jax import recipe as recipes
+    from splitq_jax.checkpoint import restore, save
+    from splitq_jax.errors import InputError
+    from splitq_jax.linear import SplitWeight, linear
+    from splitq_jax.quantize import effective_bits, freeze, prepare, quantize, summarize
+    from splitq_jax.recipe import Recipe
+
+_HOMES = {
+    "InputError": "errors",
+    "Recipe": "recipe",
+    "SplitWeight": "linear",
+    "effective_bits": "quantize",
+    "freeze": "quantize",
+    "linear": "linear",
+    "prepare": "quantize",
+    "quantize": "quantize",
+    "restore": "checkpoint",
+    "save": "checkpoint",
+    "summarize": "quantize",
+}
+__all__ = ["recipes", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:  # jax is imported on first use: `splitq --help` answers at once
+    from importlib import import_module
+
+    if name == "recipes":
+        return import_module("splitq_jax.recipe")
+    if name in _HOMES:
+        return getattr(import_module(f"splitq_jax.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'splitq_jax' has no attribute {name!r}")

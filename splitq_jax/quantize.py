@@ -1,0 +1,279 @@
+"""The only walk over a parameter tree: which sites a recipe matches, and the pure functions that turn their leaves.
+
+``prepare`` gives a tree with `TrainableSplit` leaves, ``freeze`` one with `SplitWeight` leaves; the model applies all three.
+"""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from splitq_jax import acc, mocd, transforms
+from splitq_jax.errors import InputError
+from splitq_jax.linear import Branch, Group, SplitWeight, stored_bits
+from splitq_jax.mocd import SiteStats
+from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, logit
+from splitq_jax.qtensor import quantize_matrix
+from splitq_jax.recipe import Recipe
+from splitq_jax.rounding import gptq
+from splitq_jax.site import LearnedGroup, TrainableSplit, branch_factors, clip_factors, main_weight, split
+from splitq_jax.transforms import Transform, apply, apply_inverse
+
+Params = dict[str, Any]
+CLIP_START = 4.0  # logit of the weights' clipping factors, FlatQuant's
+
+
+def kernels(params: Params, prefix: str = "") -> dict[str, Any]:
+    """Return every ``kernel`` leaf by the path of its layer, such as ``decoder/blocks_0/qkv``."""
+    found: dict[str, Any] = {}
+    for name, child in params.items():
+        if name == "kernel":
+            found[prefix.rstrip("/")] = child
+        elif isinstance(child, dict):
+            found |= kernels(child, f"{prefix}{name}/")
+    return found
+
+
+def match(params: Params, recipe: Recipe) -> dict[str, Recipe]:
+    """Return the recipe of every site that is quantized.
+
+    Raises:
+      InputError: a pattern that matches nothing.
+    """
+    parts = [recipe] if recipe.vision == "float" else [recipe, recipe.for_vision()]
+    paths, matched = kernels(params), {}
+    for part in parts:
+        for pattern in part.sites:
+            hits = [path for path in paths if fnmatchcase(path, pattern)]
+            if not hits:
+                raise InputError(
+                    f"pattern {pattern!r} matches none of the {len(paths)} layers "
+                    f"({', '.join(list(paths)[:3])}, …); mend the recipe's `sites`"
+                )
+            matched |= dict.fromkeys(hits, part)
+    return matched
+
+
+def replace_kernels(params: Params, leaves: Mapping[str, Any]) -> Params:
+    """Return the tree with the kernels of the named layers replaced; the input is left alone."""
+    out = dict(params)
+    for path, leaf in leaves.items():
+        node = out
+        for name in path.split("/"):
+            node[name] = dict(node[name])
+            node = node[name]
+        node["kernel"] = leaf
+    return out
+
+
+def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
+    """Turn the matched kernels into `TrainableSplit` leaves, partitioned and at the start of training.
+
+    Args:
+      params: a float parameter tree.
+      stats: `calib.collect`'s statistics, per site; not needed by recipes that neither split nor smooth.
+      recipe: what to do.
+
+    Raises:
+      InputError: statistics or Gram matrices that the recipe needs are missing; a rank above ``min(D_m, N)``.
+    """
+    leaves = {}
+    for path, part in match(params, recipe).items():
+        w, columns = kernels(params)[path], layer_columns(params, path)
+        needs_stats = part.select != "none" or part.transform in {"kron", "diag", "dense"} or part.rounding == "gptq"
+        if needs_stats and path not in stats:
+            raise InputError(f"{path}: no calibration statistics; collect them from this model")
+        seed = zlib.crc32(f"{recipe.seed}/{path}".encode())
+        leaves[path] = prepare_site(w, stats.get(path), part, seed, columns, path)
+    return replace_kernels(params, leaves)
+
+
+def layer_columns(params: Params, path: str) -> tuple[int, ...]:
+    """Return the output sizes of the layers that a site fuses."""
+    *parents, name = path.split("/")
+    node = params
+    for parent in parents:
+        node = node[parent]
+    width = int(node[name]["kernel"].shape[1])
+    if name == "qkv":
+        q = int(node["o"]["kernel"].shape[0])
+        return q, (width - q) // 2, (width - q) // 2
+    return (width // 2, width // 2) if name == "gate_up" else (width,)
+
+
+def prepare_site(
+    w: Float[Array, "D N"], stats: SiteStats | None, recipe: Recipe, seed: int, columns: tuple[int, ...], path: str
+) -> TrainableSplit:
+    """Partition one site and set its learnable parts to their start (see `Recipe`)."""
+    w = w.astype(jnp.float32)
+    width = w.shape[0]
+    if stats is None or recipe.select == "none":
+        perm, k_text, k_vision = jnp.arange(width, dtype=jnp.int32), 0, 0
+    else:
+        expected = recipe.split.channels(width)
+        if stats.vision_channels.shape[0] != expected:
+            raise InputError(
+                f"{path}: the statistics were collected for {stats.vision_channels.shape[0]} side channels, the recipe "
+                f"splits {expected}; collect them with the recipe's split"
+            )
+        perm, k_text, k_vision = mocd.select(stats, recipe.select, recipe.clusters, seed)
+    sizes = tuple(k for k in (width - k_text - k_vision, k_text, k_vision) if k)
+    x_absmax = jnp.ones(width) if stats is None else jnp.max(stats.absmax, axis=0)
+    side_w_bits, side_a_bits = recipe.side
+    groups = []
+    for i, (x_max, rows) in enumerate(zip(split(x_absmax[perm], sizes, 0), split(w[perm], sizes, 0), strict=True)):
+        bits = recipe.main_bits[1] if i == 0 else side_a_bits
+        clip = logit(gaussian_clip(bits, rows.shape[0]))
+        groups.append(
+            LearnedGroup(
+                start_transform(recipe, x_max, rows, seed),
+                jnp.full((2, w.shape[1]), CLIP_START) if recipe.clip else None,
+                jnp.full((2,), clip) if recipe.clip else None,
+            )
+        )
+    if recipe.rounding == "gptq" and (stats is None or stats.gram is None):
+        raise InputError(f"{path}: GPTQ needs Gram matrices; collect the statistics with gram=True")
+    main = w[perm][: sizes[0]]
+    return TrainableSplit(
+        w=w,
+        perm=perm,
+        groups=tuple(groups),
+        cws=start_branch(main, recipe.cws, recipe.rates[0], recipe, columns, path),
+        # without activation quantization there is no residual to send
+        mac=None
+        if recipe.main_bits[1] >= FLOAT_BITS and recipe.main_bits[0] < FLOAT_BITS
+        else start_branch(main, recipe.mac, recipe.rates[1], recipe, columns, path),
+        bits=jnp.array([*recipe.main_bits, side_w_bits, side_a_bits], jnp.int32),
+        gram=stats.gram if stats is not None and recipe.rounding == "gptq" else None,
+        sizes=sizes,
+        mac_tokens=recipe.mac_tokens,
+        learn_transform=recipe.train and recipe.transform in {"kron", "diag", "dense"},
+    )
+
+
+def start_transform(recipe: Recipe, x_absmax: Float[Array, " K"], rows: Float[Array, "K N"], seed: int) -> Transform:
+    """Return a group's transform at the start: SmoothQuant's ``d`` and random orthogonal factors, Hadamard, or nothing."""
+    size = rows.shape[0]
+    if recipe.transform == "none":
+        return transforms.IDENTITY
+    if recipe.transform == "hadamard":
+        n1, n2 = transforms.factors(size)
+        return Transform(None, jnp.asarray(transforms.hadamard(n1)), jnp.asarray(transforms.hadamard(n2)))
+    d = transforms.smoothing(x_absmax, jnp.max(jnp.abs(rows), axis=1), *recipe.smooth)
+    if recipe.transform == "diag":
+        return Transform(d, None, None)
+    n1, n2 = (1, size) if recipe.transform == "dense" else transforms.factors(size)
+    p1, p2 = transforms.orthogonal(n1, seed), transforms.orthogonal(n2, seed + 1)
+    return Transform(d, jnp.asarray(p1), jnp.asarray(p2))
+
+
+def start_branch(
+    main: Float[Array, "K N"], kind: acc.Branch, rate: float, recipe: Recipe, columns: tuple[int, ...], path: str
+) -> acc.LowRank | None:
+    """Return a branch at its start, or None where it is off."""
+    if kind == "off":
+        return None
+    per_layer = columns if recipe.svd_per == "layer" else None
+    narrowest = min(columns) if per_layer else main.shape[1]
+    rank = acc.rank_of(rate, main.shape[0], narrowest, main.shape[0])
+    if rank > min(main.shape[0], narrowest):
+        raise InputError(f"{path}: rank {rank} above min(D, N) = {min(main.shape[0], narrowest)}; lower the rank rate")
+    u, v = acc.svd_factors(main, rank, per_layer)
+    gate = jnp.full((u.shape[1],), recipe.gate_start if kind == "gated" else 1.0)
+    if kind == "free":
+        v = recipe.gate_start * v
+    return acc.LowRank(u, v, gate, kind)
+
+
+def freeze(params: Params, recipe: Recipe) -> Params:
+    """Round every `TrainableSplit` leaf to a `SplitWeight`: packed codes and scales.
+
+    Args:
+      params: `prepare`'s tree, trained or not.
+      recipe: the same recipe; bits are static here.
+    """
+    parts = match(params, recipe)
+    return replace_kernels(params, {path: freeze_site(kernels(params)[path], part) for path, part in parts.items()})
+
+
+def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
+    """Round one site."""
+    (w_bits, a_bits), (side_w_bits, side_a_bits) = recipe.main_bits, recipe.side
+    groups = []
+    for i, (group, rows, channels) in enumerate(
+        zip(site.groups, split(site.w[site.perm], site.sizes, 0), split(site.perm, site.sizes, 0), strict=True)
+    ):
+        bits = w_bits if i == 0 else side_w_bits
+        w = main_weight(site, rows) if i == 0 else apply_inverse(group.transform, rows)
+        clip = clip_factors(group.w_clip)
+        if site.gram is None:
+            codes = quantize_matrix(w, bits, clip)
+        else:  # X P has the Gram matrix P^T X^T X P: transform both sides
+            half = apply(group.transform, site.gram[channels][:, channels])
+            codes = gptq(w, apply(group.transform, half.T), bits, clip)
+        groups.append(Group(group.transform, clip_factors(group.a_clip), codes, a_bits if i == 0 else side_a_bits))
+
+    def branch(low_rank: acc.LowRank | None) -> Branch | None:
+        if low_rank is None:
+            return None
+        u, v = branch_factors(low_rank, site.groups[0].transform)
+        return Branch(quantize_matrix(u, side_w_bits, axis=0), quantize_matrix(v, side_w_bits, axis=1))
+
+    perm = site.perm if len(site.sizes) > 1 else None
+    return SplitWeight(perm, tuple(groups), branch(site.cws), branch(site.mac), site.mac_tokens, side_a_bits)
+
+
+def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
+    """Quantize without training: ``freeze(prepare(params, stats, recipe), recipe)``. Pure: it jits and runs under `jax.eval_shape`."""
+    return freeze(prepare(params, stats, recipe), recipe)
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """What a quantized site holds."""
+
+    path: str
+    shape: tuple[int, int]
+    bits: tuple[int, int]
+    groups: tuple[int, ...]
+    ranks: tuple[int, int]
+    stored_bytes: int
+    effective_bits: float
+
+
+def summarize(params: Params) -> list[SiteSummary]:
+    """Describe every quantized site; ``effective_bits`` counts codes, scales, transforms, branches and the permutation per weight."""
+    rows = []
+    for path, leaf in kernels(params).items():
+        if isinstance(leaf, SplitWeight):
+            main, bits = leaf.groups[0], stored_bits(leaf)
+            ranks = tuple(0 if b is None else b.u.shape[1] for b in (leaf.cws, leaf.mac))
+            rows.append(
+                SiteSummary(
+                    path,
+                    leaf.shape,
+                    (main.w.bits, main.a_bits),
+                    tuple(g.w.rows for g in leaf.groups),
+                    (ranks[0], ranks[1]),
+                    bits // 8,
+                    bits / (leaf.shape[0] * leaf.shape[1]),
+                )
+            )
+    return rows
+
+
+def effective_bits(params: Params) -> float:
+    """Return the stored bits per weight over all quantized sites; NaN where there is none."""
+    rows = summarize(params)
+    weights = sum(r.shape[0] * r.shape[1] for r in rows)
+    return 8 * sum(r.stored_bytes for r in rows) / weights if weights else float("nan")
+
+
+def stored_bytes(params: Params) -> int:
+    """Return the bytes of the whole tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

@@ -1,0 +1,204 @@
+"""`Recipe`: every choice that quantization depends on, and the named recipes, SplitQ's and its baselines'."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from splitq_jax.acc import BRANCHES, Branch
+from splitq_jax.errors import InputError
+from splitq_jax.mocd import SELECTORS, Selector, SplitSize
+from splitq_jax.numerics import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, check_bits
+
+TransformKind = Literal["kron", "none", "diag", "hadamard", "dense"]
+MacTokens = Literal["text", "vision", "both"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How sites are quantized. The defaults are SplitQ's (arXiv 2605.19929), the fields the axes that its ablation varies.
+
+    Attributes:
+      scheme: ``wXaY``: X-bit weights, Y-bit activations; 16 is not quantized.
+      method: a name for tables.
+      select: how side channels are chosen.
+      clusters: k of MOCD's k-means.
+      split: size of the side groups.
+      side_bits: bits of side groups, branches and MAC's residual; None for ``max(4, bits)``, 0 for the main group's.
+      transform: of every group.
+      smooth: exponents (weight, activation) of the start of ``d``.
+      clip: whether clipping factors are learned (LWC and LAC).
+      cws, mac: the two branches.
+      cws_rate, mac_rate: ranks as a share of ``min(D_m, N)``; None for 2 % and 3 %, at 2-bit activations 3 % and 5 %.
+      mac_tokens: the tokens that MAC serves.
+      svd_per: one SVD a site or one a layer.
+      gate_start: start of G's diagonal for ``gated`` (and the scale of V for ``free``).
+      rounding: ``nearest`` or ``gptq`` (needs statistics collected with ``gram=True``).
+      train: whether `calib.fit` has anything to learn.
+      vision: the vision tower's scheme, or ``float``. It has one modality, so it gets neither split nor branches.
+      sites: patterns of what is quantized; one that matches nothing is an error.
+      seed: of random factors and random channels.
+
+    Raises:
+      InputError: for bits, names or rates outside what is supported.
+    """
+
+    scheme: str
+    method: str = "splitq"
+    select: Selector = "mocd"
+    clusters: int = 3
+    split: SplitSize = SplitSize()
+    side_bits: int | None = None
+    transform: TransformKind = "kron"
+    smooth: tuple[float, float] = (0.7, 0.3)
+    clip: bool = True
+    cws: Branch = "gated"
+    mac: Branch = "gated"
+    cws_rate: float | None = None
+    mac_rate: float | None = None
+    mac_tokens: MacTokens = "text"
+    svd_per: Literal["site", "layer"] = "site"
+    gate_start: float = 0.0
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    train: bool = True
+    vision: str = "float"
+    sites: tuple[str, ...] = ("decoder/blocks_*/*",)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        w_bits, a_bits = parse_scheme(self.scheme)
+        check_bits(w_bits, WEIGHT_BITS, f"scheme {self.scheme!r}, weights")
+        check_bits(a_bits, ACTIVATION_BITS, f"scheme {self.scheme!r}, activations")
+        if self.side_bits not in (None, 0):
+            check_bits(self.side_bits, WEIGHT_BITS, "side_bits")
+        if self.vision != "float":
+            parse_scheme(self.vision)
+        for name, value, allowed in (
+            ("select", self.select, SELECTORS),
+            ("transform", self.transform, get_args(TransformKind)),
+            ("cws", self.cws, BRANCHES),
+            ("mac", self.mac, BRANCHES),
+            ("mac_tokens", self.mac_tokens, get_args(MacTokens)),
+            ("svd_per", self.svd_per, ("site", "layer")),
+            ("rounding", self.rounding, ("nearest", "gptq")),
+        ):
+            if value not in allowed:
+                raise InputError(f"recipe: {name}={value!r}; expected one of {', '.join(allowed)}")
+        if self.clusters < 1:
+            raise InputError(f"recipe: clusters={self.clusters}; expected at least 1")
+        for name, rate in (("cws_rate", self.cws_rate), ("mac_rate", self.mac_rate)):
+            if rate is not None and not 0 < rate <= 1:
+                raise InputError(f"recipe: {name}={rate}; expected a share in (0, 1]; switch a branch off with 'off'")
+
+    @property
+    def main_bits(self) -> tuple[int, int]:
+        """(weight, activation) bits of the main group."""
+        return parse_scheme(self.scheme)
+
+    @property
+    def side(self) -> tuple[int, int]:
+        """(weight, activation) bits of the side groups and of the branches."""
+        w_bits, a_bits = self.main_bits
+        if self.side_bits is None:
+            return max(4, w_bits), max(4, a_bits)
+        if self.side_bits == 0:
+            return w_bits, a_bits
+        # weight-only schemes keep float activations in the side groups, too
+        return self.side_bits, FLOAT_BITS if a_bits >= FLOAT_BITS else self.side_bits
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Rank rates of (CWS, MAC)."""
+        cws, mac = (0.03, 0.05) if self.main_bits[1] == 2 else (0.02, 0.03)
+        return self.cws_rate or cws, self.mac_rate or mac
+
+    def for_vision(self) -> "Recipe":
+        """Return the recipe of the vision tower's sites."""
+        return dataclasses.replace(
+            self, scheme=self.vision, select="none", cws="off", mac="off", sites=("vision/blocks_*/*",)
+        )
+
+    def replace(self, **changes: object) -> "Recipe":
+        """Return a copy with fields changed."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def parse_scheme(scheme: str) -> tuple[int, int]:
+    """Return (weight bits, activation bits) of ``wXaY``.
+
+    Raises:
+      InputError: for anything else.
+    """
+    match = re.fullmatch(r"w(\d+)a(\d+)", scheme.lower())
+    if match is None:
+        raise InputError(f"scheme {scheme!r}: expected wXaY, for example w4a4")
+    return int(match[1]), int(match[2])
+
+
+def rtn(scheme: str) -> Recipe:
+    """Round to nearest: no transform, no split, nothing learned."""
+    return Recipe(
+        scheme, "rtn", select="none", transform="none", clip=False, cws="off", mac="off", train=False
+    )
+
+
+def gptq(scheme: str) -> Recipe:
+    """GPTQ (arXiv 2210.17323) on the plain weight."""
+    return rtn(scheme).replace(method="gptq", rounding="gptq")
+
+
+def smoothquant(scheme: str) -> Recipe:
+    """SmoothQuant (arXiv 2211.10438), alpha = 0.5."""
+    return rtn(scheme).replace(method="smoothquant", transform="diag", smooth=(0.5, 0.5))
+
+
+def quarot(scheme: str) -> Recipe:
+    """QuaRot's online rotation at every site (arXiv 2404.00456): Hadamard factors, nothing learned."""
+    return rtn(scheme).replace(method="quarot", transform="hadamard")
+
+
+def flatquant(scheme: str) -> Recipe:
+    """FlatQuant (arXiv 2410.09426): SplitQ without the split and without the branches."""
+    return Recipe(scheme, "flatquant", select="none", cws="off", mac="off")
+
+
+def random_channels(scheme: str) -> Recipe:
+    """FlatQuant on three groups with randomly chosen side channels: the control for MOCD's choice."""
+    return Recipe(scheme, "random", select="random", cws="off", mac="off")
+
+
+def mocd(scheme: str) -> Recipe:
+    """SplitQ without ACC."""
+    return Recipe(scheme, "mocd", cws="off", mac="off")
+
+
+def mocd_cws(scheme: str) -> Recipe:
+    """SplitQ without MAC."""
+    return Recipe(scheme, "mocd+cws", mac="off")
+
+
+def splitq(scheme: str) -> Recipe:
+    """SplitQ: MOCD, CWS and MAC, gated."""
+    return Recipe(scheme, "splitq")
+
+
+def splitq_fixed(scheme: str) -> Recipe:
+    """SplitQ with ``G = I`` in both branches."""
+    return Recipe(scheme, "splitq-fixed", cws="fixed", mac="fixed")
+
+
+METHODS = {
+    f.__name__.replace("_", "-"): f
+    for f in (rtn, gptq, smoothquant, quarot, flatquant, random_channels, mocd, mocd_cws, splitq, splitq_fixed)
+}
+
+
+def named(method: str, scheme: str) -> Recipe:
+    """Return a recipe by its name on the command line.
+
+    Raises:
+      InputError: unknown method.
+    """
+    if method not in METHODS:
+        raise InputError(f"--method {method!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[method](scheme)

@@ -1,0 +1,111 @@
+"""Equivalent transforms ``Y = (X P)(P^-1 W)`` with ``P = diag(d) (P1 (x) P2)`` (FlatQuant, arXiv 2410.09426, eq. 3).
+
+A token is scaled by ``d``, reshaped to ``V`` of shape ``(n1, n2)`` and mapped to ``P1^T V P2``. SmoothQuant is ``d`` alone, QuaRot is
+Hadamard factors, a dense transform is ``n1 = 1``.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+from scipy.linalg import hadamard as sylvester
+
+
+@struct.dataclass
+class Transform:
+    """``P = diag(d) (p1 (x) p2)``; a part that is None is the identity."""
+
+    d: Float[Array, " K"] | None
+    p1: Float[Array, "n1 n1"] | None
+    p2: Float[Array, "n2 n2"] | None
+
+
+IDENTITY = Transform(None, None, None)
+
+
+def apply(t: Transform, x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
+    """Return ``X P``."""
+    if t.d is not None:
+        x = x * t.d.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    if t.p1 is None or t.p2 is None:
+        return x
+    v = x.reshape(*x.shape[:-1], t.p1.shape[0], t.p2.shape[0])  # *B n1 n2
+    v = jnp.einsum("...ij,jb->...ib", v, t.p2.astype(x.dtype))
+    v = jnp.einsum("...ib,ia->...ab", v, t.p1.astype(x.dtype))
+    return v.reshape(x.shape)
+
+
+def apply_inverse(t: Transform, w: Float[Array, "K N"]) -> Float[Array, "K N"]:
+    """Return ``P^-1 W``."""
+    if t.d is not None:
+        w = w / t.d[:, None]
+    if t.p1 is None or t.p2 is None:
+        return w
+    q1, q2 = jnp.linalg.inv(t.p1), jnp.linalg.inv(t.p2)
+    v = w.reshape(t.p1.shape[0], t.p2.shape[0], -1)  # n1 n2 N
+    v = jnp.einsum("ai,ijn->ajn", q1, v)
+    v = jnp.einsum("bj,ajn->abn", q2, v)
+    return v.reshape(w.shape)
+
+
+def factors(size: int) -> tuple[int, int]:
+    """Return the divisors ``n1 <= n2`` of ``size`` nearest to its square root; a prime has only ``1 * size``."""
+    n1 = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+    return n1, size // n1
+
+
+def orthogonal(size: int, seed: int) -> Float[np.ndarray, "n n"]:
+    """Draw a Haar-distributed orthogonal matrix, float32."""
+    q, r = np.linalg.qr(np.random.default_rng((seed, size)).standard_normal((size, size)))
+    return np.asarray(q * np.sign(np.diag(r)), np.float32)
+
+
+def hadamard(size: int) -> Float[np.ndarray, "n n"]:
+    """Return an orthogonal matrix with entries of like magnitude, float32: Hadamard wherever a construction is known.
+
+    ``size = 2^k m``: Sylvester's matrix for ``2^k`` times, where m > 1, Paley's first construction (``4 (q + 1) / 4`` with a prime
+    ``q = 3 mod 4``) or, where there is none, the orthonormal cosine transform of the odd part.
+    """
+    power = size & -size
+    if power == size:
+        h = sylvester(size) if size > 1 else np.ones((1, 1))
+        return np.asarray(h / math.sqrt(size), np.float32)
+    # smallest multiple of the odd part that Paley knows and that leaves a power of two
+    odd = size // power
+    for twos in (4, 8, 16):
+        if twos <= power and _is_paley(odd * twos):
+            paley = _paley(odd * twos) / math.sqrt(odd * twos)
+            return np.asarray(np.kron(hadamard(power // twos), paley), np.float32)
+    i = np.arange(odd)
+    cosine = np.cos(np.pi * (2 * i[None, :] + 1) * i[:, None] / (2 * odd)) * math.sqrt(2 / odd)
+    cosine[0] /= math.sqrt(2)
+    return np.asarray(np.kron(hadamard(power), cosine), np.float32)
+
+
+def _is_paley(order: int) -> bool:
+    q = order - 1
+    return q % 4 == 3 and all(q % f for f in range(2, math.isqrt(q) + 1))
+
+
+def _paley(order: int) -> Float[np.ndarray, "n n"]:
+    q = order - 1
+    squares = {i * i % q for i in range(1, q)}
+    chi = np.array([0] + [1 if i in squares else -1 for i in range(1, q)])
+    h = np.ones((order, order))
+    h[1:, 1:] = chi[(np.arange(q)[None, :] - np.arange(q)[:, None]) % q] + np.eye(q)
+    h[1:, 0] = -1
+    return np.asarray(h)
+
+
+def smoothing(
+    x_absmax: Float[Array, " K"], w_absmax: Float[Array, " K"], w_power: float, x_power: float
+) -> Float[Array, " K"]:
+    """Return ``d = w_absmax^w_power / x_absmax^x_power`` (SmoothQuant, arXiv 2211.10438, eq. 4, inverted: it multiplies X).
+
+    Channels that are zero in the activations or in the weight get 1.
+    """
+    live = (x_absmax > 0) & (w_absmax > 0)
+    safe_x, safe_w = jnp.where(live, x_absmax, 1), jnp.where(live, w_absmax, 1)
+    return jnp.where(live, jnp.clip(safe_w**w_power / safe_x**x_power, 1e-5, 1e5), 1.0)
