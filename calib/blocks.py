@@ -89,9 +89,7 @@ def place(mesh: Mesh, tree: Any) -> Any:
 def forward(model: Any, mesh: Mesh) -> Callable[[Params, Sequence[Hidden]], list[Hidden]]:
     """Return a function that maps hidden batches through one block, given the block's parameters."""
     block = model.block()
-    step = sharded(
-        lambda p, x, context: block.apply({"params": p}, x, context), mesh, (P(), P("data"), P("data")), P("data")
-    )
+    step = sharded(lambda p, x, context: block.apply({"params": p}, x, context), mesh, (P(), P("data"), P("data")), P("data"))
 
     def run(p: Params, hiddens: Sequence[Hidden]) -> list[Hidden]:
         outs = []

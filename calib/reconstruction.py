@@ -6,7 +6,6 @@ value. Samples are shared over the ``data`` axis; the gradient is the mean over 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -34,7 +33,7 @@ from splitq_jax.calib.blocks import (
 )
 from splitq_jax.calib.run import Run
 from splitq_jax.errors import InputError
-from splitq_jax.quantize import kernels, replace_kernels
+from splitq_jax.quantization import kernels, replace_kernels
 from splitq_jax.site import TrainableSplit, learnable, with_learnable
 
 Loss = Literal["mse", "mae", "balanced", "token"]
@@ -74,7 +73,8 @@ class FitConfig:
             raise InputError(f"epochs {self.epochs}, steps {self.steps}, batch {self.batch}: each must be at least 1")
 
 
-EFFORTS = {"light": FitConfig(steps=24), "full": FitConfig()}
+FULL = FitConfig()
+EFFORTS = {"light": FitConfig(steps=24), "full": FULL}
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def fit(
     params: Params,
     prepared: Params,
     batches: Iterable[Batch],
-    config: FitConfig = FitConfig(),
+    config: FitConfig = FULL,
     *,
     held_out: Iterable[Batch] = (),
     run: Run | None = None,
@@ -221,7 +221,8 @@ def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
         value, grads = jax.lax.psum((value, grads), "data")
         grads = jax.tree.map(lambda g: g / jnp.maximum(value, 1e-30), grads)
         updates, state = optimizer.update(grads, state, theta)
-        return optax.apply_updates(theta, updates), state
+        moved: Any = optax.apply_updates(theta, updates)
+        return moved, state
 
     def errors(student: Params, theta: Any, x: Array, y: Array, context: Any) -> tuple[Array, Array]:
         valid = context.valid[..., None]

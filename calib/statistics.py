@@ -31,12 +31,14 @@ from splitq_jax.calib.blocks import (
 from splitq_jax.errors import InputError
 from splitq_jax.mocd import FIRST, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
 
+DEFAULT_SPLIT = SplitSize()
+
 
 def collect(
     model: Any,
     params: Params,
     batches: Iterable[Batch],
-    split: SplitSize = SplitSize(),
+    split: SplitSize = DEFAULT_SPLIT,
     *,
     skip_first: bool = True,
     gram: bool = False,
@@ -105,9 +107,7 @@ def check_modalities(hiddens: list[Hidden], one_modality: bool = False) -> None:
     vision = sum(int((h.context.valid & ~h.context.is_text).sum()) for h in hiddens)
     if min(text, vision) == 0 and not one_modality:
         missing = "vision" if vision == 0 else "text"
-        raise InputError(
-            f"calibration: {text} text and {vision} vision tokens; the method needs both; add samples with {missing}"
-        )
+        raise InputError(f"calibration: {text} text and {vision} vision tokens; the method needs both; add samples with {missing}")
 
 
 def _texts(hidden: Hidden, skip_first: bool) -> Bool[np.ndarray, "B L"]:
@@ -181,7 +181,10 @@ def _vision_stats(model: Any, params: Params, batches: list[Batch]) -> dict[str,
         _, state = model.apply({"params": p}, **batch, method="embed", mutable=["inputs"])
         blocks = {k: v for k, v in state["inputs"]["vision"].items() if k.startswith("blocks_")}
         sites = {f"vision/{b}/{n}": e["kernel"][0] for b, entry in blocks.items() for n, e in entry.items()}
-        return {path: {"absmax": jnp.max(jnp.abs(v), axis=(0, 1)), "abs_sum": jnp.sum(jnp.abs(v), axis=(0, 1))} for path, v in sites.items()}
+        return {
+            path: {"absmax": jnp.max(jnp.abs(v), axis=(0, 1)), "abs_sum": jnp.sum(jnp.abs(v), axis=(0, 1))}
+            for path, v in sites.items()
+        }
 
     total: dict[str, dict[str, np.ndarray]] = {}
     for batch in batches:

@@ -6,24 +6,34 @@ if TYPE_CHECKING:
     from splitq_jax import recipe as recipes
     from splitq_jax.checkpoint import restore, save
     from splitq_jax.errors import InputError
-    from splitq_jax.linear import SplitWeight, linear
-    from splitq_jax.quantize import effective_bits, freeze, prepare, quantize, summarize
+    from splitq_jax.linear import SplitWeight
+    from splitq_jax.quantization import effective_bits, freeze, prepare, quantize, summarize
     from splitq_jax.recipe import Recipe
 
 _HOMES = {
     "InputError": "errors",
     "Recipe": "recipe",
-    "SplitWeight": "linear",
-    "effective_bits": "quantize",
-    "freeze": "quantize",
-    "linear": "linear",
-    "prepare": "quantize",
-    "quantize": "quantize",
+    "effective_bits": "quantization",
+    "freeze": "quantization",
+    "prepare": "quantization",
+    "quantize": "quantization",
     "restore": "checkpoint",
     "save": "checkpoint",
-    "summarize": "quantize",
+    "summarize": "quantization",
 }
-__all__ = ["recipes", *_HOMES]
+__all__ = [
+    "InputError",
+    "Recipe",
+    "SplitWeight",
+    "effective_bits",
+    "freeze",
+    "prepare",
+    "quantize",
+    "recipes",
+    "restore",
+    "save",
+    "summarize",
+]
 
 
 def __getattr__(name: str) -> Any:  # jax is imported on first use: `splitq --help` answers at once

@@ -4,6 +4,7 @@
 ``G_*`` is learned. ``sqrt(S)`` goes to either side, which leaves the product alone and makes V's rows alike.
 """
 
+from itertools import pairwise
 from typing import Literal, get_args
 
 import jax
@@ -52,7 +53,7 @@ def svd_factors(
     """
     if columns is not None:
         starts = np.cumsum((0, *columns))
-        pairs = [svd_factors(w[:, a:b], rank) for a, b in zip(starts, starts[1:], strict=False)]
+        pairs = [svd_factors(w[:, a:b], rank) for a, b in pairwise(starts)]
         return jnp.concatenate([u for u, _ in pairs], axis=1), jax.scipy.linalg.block_diag(*[v for _, v in pairs])
     # LAPACK through numpy: XLA's CPU decomposition takes seconds a layer
     shapes = (

@@ -1,9 +1,9 @@
 """Checkpoints: a folder of orbax arrays and a manifest that restores the typed tree with no template.
 
 orbax stores neither static fields nor checksums: a tree saved with ``bits=4`` restores into a ``bits=2`` template
-without a word, and of 150 flipped bits 14 came back as wrong values. So `manifest.json` holds the tree's structure, every typed
-leaf's class and static fields, and a SHA-256 for every array, every file and itself. Only the last two
-functions know orbax.
+without a word, and of 150 flipped bits 14 came back as wrong values. So `manifest.json` holds the tree's structure, every
+typed leaf's class and static fields, and a SHA-256 for every array, every file and itself. Only the last two functions
+know orbax.
 """
 
 import hashlib
@@ -103,9 +103,7 @@ def restore(path: str | Path) -> tuple[Any, dict[str, Any]]:
     try:
         arrays = _read_arrays(folder / ARRAYS, stored)
     except Exception as e:  # orbax and tensorstore raise what they like
-        raise InputError(
-            f"{folder}: orbax cannot read {ARRAYS}: {e}; restore it with the versions in {MANIFEST}"
-        ) from e
+        raise InputError(f"{folder}: orbax cannot read {ARRAYS}: {e}; restore it with the versions in {MANIFEST}") from e
     arrays |= {k: jnp.zeros(v["shape"], v["dtype"]) for k, v in leaves.items() if k not in stored}
     if damage := [f"array {k}: {d}" for k, v in arrays.items() if (d := _leaf_damage(v, leaves[k]))]:
         raise InputError(f"{folder}: {'; '.join(damage[:5])}; copy the folder again")

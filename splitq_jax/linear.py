@@ -98,16 +98,14 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
     return x @ w.astype(x.dtype)
 
 
-def split_linear(
-    x: Float[Array, "*B D"], w: SplitWeight, is_text: Bool[Array, "*B"] | None
-) -> Float[Array, "*B N"]:
+def split_linear(x: Float[Array, "*B D"], w: SplitWeight, is_text: Bool[Array, "*B"] | None) -> Float[Array, "*B N"]:
     """Multiply float32 tokens by packed codes: ``Y = Y_m + Y_t + Y_v`` (arXiv 2605.19929, eq. 6, 8, 10)."""
     tokens = [x] if w.perm is None else split(x[..., w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
-    y = jnp.zeros((), x.dtype)
+    y = jnp.zeros((*x.shape[:-1], w.shape[1]), x.dtype)
     for i, (group, x_j) in enumerate(zip(w.groups, tokens, strict=True)):
         x_t = apply(group.transform, x_j)
         x_hat = quantize_tokens(x_t, group.a_bits, group.a_clip)
-        y = dot(x_hat, group.w) + (y if i else 0)
+        y += dot(x_hat, group.w)
         if i == 0 and w.cws is not None:
             y += branch(x_hat, w.cws)
         if i == 0 and w.mac is not None:
@@ -128,9 +126,10 @@ def dot(x: Tokens, w: QTensor) -> Float[Array, "*B N"]:
     """Multiply tokens by codes with a scale per column: an integer product, rescaled once."""
     if w.scale is None:
         return x.decode() @ w.words[0]
+    columns = w.scale.reshape((1,) * (x.values.ndim - 1) + (-1,))
     if x.scale is None:
-        return (x.values @ w.codes().astype(x.values.dtype)) * w.scale
-    return integer_dot(x.values, w.codes()).astype(x.scale.dtype) * x.scale * w.scale
+        return (x.values @ w.codes().astype(x.values.dtype)) * columns
+    return integer_dot(x.values, w.codes()).astype(x.scale.dtype) * x.scale * columns
 
 
 def branch(x: Tokens, pair: Branch) -> Float[Array, "*B N"]:
@@ -138,7 +137,7 @@ def branch(x: Tokens, pair: Branch) -> Float[Array, "*B N"]:
     narrow = dot(x, pair.u)  # *B r
     if pair.v.scale is None:
         return narrow @ pair.v.words[0]
-    return (narrow * pair.v.scale[:, 0]) @ pair.v.codes().astype(narrow.dtype)
+    return (narrow * pair.v.scale.reshape((1,) * (narrow.ndim - 1) + (-1,))) @ pair.v.codes().astype(narrow.dtype)
 
 
 def stored_bits(w: SplitWeight) -> int:

@@ -45,9 +45,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads(text)
     name, version = manifest.get("format"), manifest.get("version")
     if (name, version) != (FORMAT, VERSION) or not {"tree", "leaves", "files"} <= manifest.keys():
-        raise InputError(
-            f"{file}: format {name!r} version {version!r}; this release reads {FORMAT!r} version {VERSION}"
-        )
+        raise InputError(f"{file}: format {name!r}, version {version!r}; expected {FORMAT!r}, version {VERSION}")
     return manifest
 
 
@@ -103,9 +101,7 @@ def rebuild(node: Any, arrays: dict[str, jax.Array], folder: Path) -> Any:
             cls = _resolve(name, str(folder))
             wanted = {f.name for f in dataclasses.fields(cls)}
             if values.keys() != wanted:
-                raise InputError(
-                    f"{folder}: {name} was saved with the fields {sorted(values)}, this release has {sorted(wanted)}"
-                )
+                raise InputError(f"{folder}: {name} was saved with the fields {sorted(values)}, this release has {sorted(wanted)}")
             return cls(**values)
     raise InputError(f"{folder / MANIFEST}: neither an array that it lists nor a known kind of node: {str(node)[:80]}")
 
@@ -119,9 +115,7 @@ def _resolve(name: str, where: str) -> type[Any]:
             cls = None
         if isinstance(cls, type) and getattr(cls, "_flax_dataclass", False):
             return cls
-    raise InputError(
-        f"{where}: {name!r} is not a flax.struct.dataclass of a splitq_jax module; only those can be restored"
-    )
+    raise InputError(f"{where}: {name!r} is not a flax.struct.dataclass of a splitq_jax module; only those can be restored")
 
 
 def _static(value: Any, path: str) -> Any:
@@ -129,9 +123,7 @@ def _static(value: Any, path: str) -> Any:
         return value
     if type(value) is tuple:
         return {"tuple": [_static(v, path) for v in value]}
-    raise InputError(
-        f"{path}: static field {value!r}; expected None, bool, int, finite float, string or a tuple of these"
-    )
+    raise InputError(f"{path}: static field {value!r}; expected None, bool, int, finite float, string or a tuple of these")
 
 
 def _unstatic(value: Any) -> Any:

@@ -86,18 +86,14 @@ def token_ranks(x: Float[Array, "T D"], is_main: Bool[Array, " D"]) -> Float[Arr
     magnitude = jnp.abs(x)
     ordered = jnp.sort(jnp.where(is_main, magnitude, jnp.inf), axis=-1)
     below = jax.vmap(lambda row, v: jnp.searchsorted(row, v, side="right"))(ordered, magnitude)
-    return jnp.minimum(below, size) / size
+    return jnp.minimum(below, size).astype(x.dtype) / size.astype(x.dtype)
 
 
-def rank_histogram(
-    ranks: Float[Array, "T D"], counted: Bool[Array, " T"], bins: int = RANK_BINS
-) -> Int[Array, "D B"]:
+def rank_histogram(ranks: Float[Array, "T D"], counted: Bool[Array, " T"], bins: int = RANK_BINS) -> Int[Array, "D B"]:
     """Count each channel's ranks in ``bins`` equal bins of (0, 1]; tokens that are not ``counted`` are left out."""
     bin_of = jnp.clip(jnp.ceil(ranks * bins).astype(jnp.int32) - 1, 0, bins - 1)
     channel = jnp.arange(ranks.shape[1])
-    return jnp.zeros((ranks.shape[1], bins), jnp.int32).at[channel[None, :], bin_of].add(
-        counted.astype(jnp.int32)[:, None]
-    )
+    return jnp.zeros((ranks.shape[1], bins), jnp.int32).at[channel[None, :], bin_of].add(counted.astype(jnp.int32)[:, None])
 
 
 def instability(ranks: Int[Array, "D B"], clusters: int) -> Float[Array, " D"]:
@@ -106,10 +102,10 @@ def instability(ranks: Int[Array, "D B"], clusters: int) -> Float[Array, " D"]:
     Bins stand for their centres. The optimum over contiguous clusters is exact: ``best[k][b] = min_a best[k-1][a] + cost(a, b)``.
     """
     bins = ranks.shape[1]
-    centre = (jnp.arange(bins, dtype=jnp.float32) + 0.5) / bins - 0.5  # around 0: less cancellation in the costs
+    centre = (jnp.arange(bins, dtype=jnp.float32) + 0.5) / float(bins) - 0.5  # around 0: less cancellation in the costs
 
     def one(counts: Int[Array, " B"]) -> Float[Array, ""]:
-        weight = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1)
+        weight = counts.astype(jnp.float32) / jnp.maximum(jnp.sum(counts), 1).astype(jnp.float32)
         sums = [jnp.concatenate([jnp.zeros(1), jnp.cumsum(weight * centre**p)]) for p in range(3)]
         s0, s1, s2 = (s[None, :] - s[:, None] for s in sums)  # [a, b]: bins a to b-1
         cost = jnp.where(s0 > 1e-7, s2 - s1**2 / jnp.maximum(s0, 1e-7), 0.0)
@@ -123,9 +119,7 @@ def instability(ranks: Int[Array, "D B"], clusters: int) -> Float[Array, " D"]:
     return jax.lax.map(one, ranks, batch_size=64)
 
 
-def select(
-    stats: SiteStats, selector: Selector, clusters: int = 3, seed: int = 0
-) -> tuple[Int[Array, " D"], int, int]:
+def select(stats: SiteStats, selector: Selector, clusters: int = 3, seed: int = 0) -> tuple[Int[Array, " D"], int, int]:
     """Return the permutation ``[C_m | C_t | C_v]`` and the sizes ``(K_t, K_v)``.
 
     Selectors other than MOCD's rank all channels by one score; the first K are ``C_v``, the next K ``C_t`` (paper, table 5).

@@ -33,9 +33,7 @@ def code_range(bits: Bits) -> tuple[Float[Array, ""], Float[Array, ""]]:
     return -half, half - 1
 
 
-def clipped_absmax(
-    x: Float[Array, "*B"], clip: Float[Array, "2 *C"] | None, axis: int
-) -> Float[Array, "*B1"]:
+def clipped_absmax(x: Float[Array, "*B"], clip: Float[Array, "2 *C"] | None, axis: int) -> Float[Array, "*B1"]:
     """Largest magnitude along ``axis`` (kept as 1), its positive and its negative side scaled by a clipping factor each.
 
     Args:
@@ -56,15 +54,13 @@ def _align(clip: Float[Array, "*C"], like: Float[Array, "*B1"]) -> Float[Array, 
     return clip.reshape((1,) * (like.ndim - clip.ndim) + clip.shape)
 
 
-def scale_of(
-    x: Float[Array, "*B"], bits: Bits, clip: Float[Array, "2 *C"] | None = None, axis: int = -1
-) -> Float[Array, "*B1"]:
+def scale_of(x: Float[Array, "*B"], bits: Bits, clip: Float[Array, "2 *C"] | None = None, axis: int = -1) -> Float[Array, "*B1"]:
     """Return the step between codes, ``clip * absmax / (2^(b-1) - 1)``; 1 where all entries are zero."""
     _, top = code_range(bits)
     absmax = clipped_absmax(x, clip, axis)
-    # a denormal absmax would underflow to a zero step, so the floor is on the quotient
+    # on the quotient: a denormal absmax would underflow to a zero step
     step = absmax / top.astype(absmax.dtype)
-    return jnp.where(step > jnp.finfo(step.dtype).tiny, step, jnp.ones_like(step))
+    return jnp.where(step > np.finfo(np.float32).tiny, step, jnp.ones_like(step))
 
 
 def encode(x: Float[Array, "*B"], scale: Float[Array, "*B1"], bits: int) -> Int[Array, "*B"]:

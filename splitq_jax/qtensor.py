@@ -41,9 +41,7 @@ class QTensor:
         return self.codes().astype(self.scale.dtype) * self.scale
 
 
-def quantize_matrix(
-    w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 N"] | None = None, axis: int = 0
-) -> QTensor:
+def quantize_matrix(w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 N"] | None = None, axis: int = 0) -> QTensor:
     """Round a matrix to nearest, one scale for all entries along ``axis`` (0: per column, 1: per row)."""
     if bits >= FLOAT_BITS:
         return QTensor((w,), None, bits, w.shape[0])

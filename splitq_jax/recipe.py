@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from splitq_jax.acc import BRANCHES, Branch
@@ -47,7 +47,7 @@ class Recipe:
     method: str = "splitq"
     select: Selector = "mocd"
     clusters: int = 3
-    split: SplitSize = SplitSize()
+    split: SplitSize = field(default_factory=SplitSize)
     side_bits: int | None = None
     transform: TransformKind = "kron"
     smooth: tuple[float, float] = (0.7, 0.3)
@@ -114,9 +114,7 @@ class Recipe:
 
     def for_vision(self) -> "Recipe":
         """Return the recipe of the vision tower's sites."""
-        return dataclasses.replace(
-            self, scheme=self.vision, select="none", cws="off", mac="off", sites=("vision/blocks_*/*",)
-        )
+        return dataclasses.replace(self, scheme=self.vision, select="none", cws="off", mac="off", sites=("vision/blocks_*/*",))
 
     def replace(self, **changes: object) -> "Recipe":
         """Return a copy with fields changed."""
@@ -137,9 +135,7 @@ def parse_scheme(scheme: str) -> tuple[int, int]:
 
 def rtn(scheme: str) -> Recipe:
     """Round to nearest: no transform, no split, nothing learned."""
-    return Recipe(
-        scheme, "rtn", select="none", transform="none", clip=False, cws="off", mac="off", train=False
-    )
+    return Recipe(scheme, "rtn", select="none", transform="none", clip=False, cws="off", mac="off", train=False)
 
 
 def gptq(scheme: str) -> Recipe:

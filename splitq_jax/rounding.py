@@ -10,9 +10,7 @@ from splitq_jax.qtensor import QTensor, from_codes, quantize_matrix
 DAMPING = 0.01  # share of the mean diagonal that is added to the Hessian, as in the paper's code
 
 
-def gptq(
-    w: Float[Array, "K N"], hessian: Float[Array, "K K"], bits: int, clip: Float[Array, "2 N"] | None = None
-) -> QTensor:
+def gptq(w: Float[Array, "K N"], hessian: Float[Array, "K K"], bits: int, clip: Float[Array, "2 N"] | None = None) -> QTensor:
     """Round ``w`` row by row so that ``(w - Q(w))^T H (w - Q(w))`` stays small.
 
     Args:

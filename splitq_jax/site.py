@@ -4,6 +4,7 @@ A site is one fused weight whose layers read the same input (q, k and v; gate an
 main, text and vision, each with its own transform, scales and clips: ``Y = sum_j Q(X_j P_j) Q(P_j^-1 W_j)`` (arXiv 2605.19929, eq. 6).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -66,9 +67,7 @@ def split(x: Array, sizes: tuple[int, ...], axis: int) -> list[Array]:
     return jnp.split(x, ends, axis=axis)
 
 
-def served_by_mac(
-    mac_tokens: str, is_text: Bool[Array, "*B"] | None, shape: tuple[int, ...]
-) -> Bool[Array, "*B 1"]:
+def served_by_mac(mac_tokens: str, is_text: Bool[Array, "*B"] | None, shape: tuple[int, ...]) -> Bool[Array, "*B 1"]:
     """Return the mask of the tokens that MAC serves; ``is_text=None`` means that all tokens are text."""
     if is_text is None:
         is_text = jnp.ones(shape, bool)
@@ -94,9 +93,7 @@ def main_weight(site: TrainableSplit, rows: Float[Array, "K N"]) -> Float[Array,
     return apply_inverse(transform, rows - site.cws.u @ (site.cws.gate[:, None] * site.cws.v))
 
 
-def trainable_linear(
-    x: Float[Array, "*B D"], site: TrainableSplit, is_text: Bool[Array, "*B"] | None
-) -> Float[Array, "*B N"]:
+def trainable_linear(x: Float[Array, "*B D"], site: TrainableSplit, is_text: Bool[Array, "*B"] | None) -> Float[Array, "*B N"]:
     """Multiply with straight-through quantization: the value that the packed codes give, with gradients."""
     w_bits, a_bits, side_w_bits, side_a_bits = site.bits
     tokens = split(x[..., site.perm], site.sizes, axis=-1)
@@ -140,15 +137,18 @@ def learnable(site: TrainableSplit) -> dict[str, Any]:
 def with_learnable(site: TrainableSplit, values: dict[str, Any]) -> TrainableSplit:
     """Put learnable arrays back: ``with_learnable(site, learnable(site)) == site``."""
     groups = [
-        g.replace(w_clip=w_clip, a_clip=a_clip)
+        dataclasses.replace(g, w_clip=w_clip, a_clip=a_clip)
         for g, (w_clip, a_clip) in zip(site.groups, values["clips"]["groups"], strict=True)
     ]
     if site.learn_transform:
-        groups = [g.replace(transform=t) for g, t in zip(groups, values["transforms"]["groups"], strict=True)]
-    changed: dict[str, Any] = {"groups": tuple(groups)}
-    for name, branch in (("cws", site.cws), ("mac", site.mac)):
-        if name in values["clips"]:
-            changed[name] = branch.replace(gate=values["clips"][name])
-        if name in values["transforms"]:
-            changed[name] = branch.replace(**values["transforms"][name])
-    return site.replace(**changed)
+        transforms = values["transforms"]["groups"]
+        groups = [dataclasses.replace(g, transform=t) for g, t in zip(groups, transforms, strict=True)]
+
+    def branch(name: str, start: LowRank | None) -> LowRank | None:
+        if start is not None and name in values["clips"]:
+            return dataclasses.replace(start, gate=values["clips"][name])
+        if start is not None and name in values["transforms"]:
+            return dataclasses.replace(start, **values["transforms"][name])
+        return start
+
+    return dataclasses.replace(site, groups=tuple(groups), cws=branch("cws", site.cws), mac=branch("mac", site.mac))

@@ -99,9 +99,7 @@ def _paley(order: int) -> Float[np.ndarray, "n n"]:
     return np.asarray(h)
 
 
-def smoothing(
-    x_absmax: Float[Array, " K"], w_absmax: Float[Array, " K"], w_power: float, x_power: float
-) -> Float[Array, " K"]:
+def smoothing(x_absmax: Float[Array, " K"], w_absmax: Float[Array, " K"], w_power: float, x_power: float) -> Float[Array, " K"]:
     """Return ``d = w_absmax^w_power / x_absmax^x_power`` (SmoothQuant, arXiv 2211.10438, eq. 4, inverted: it multiplies X).
 
     Channels that are zero in the activations or in the weight get 1.

@@ -81,10 +81,7 @@ def same(a: Any, b: Any) -> bool:
     if jax.tree.structure(a) != jax.tree.structure(b):
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(
-        x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes()
-        for x, y in pairs
-    )
+    return all(x.dtype == y.dtype and x.shape == y.shape and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
 
 
 def reseal(folder: Path, change: Any) -> None:
@@ -179,9 +176,7 @@ def test_another_format_is_refused(entry: dict[str, Any], tmp_path: Path) -> Non
         checkpoint.restore(out)
 
 
-@pytest.mark.parametrize(
-    "name", ["os:system", "splitq_jax.errors:InputError", "splitq_jax.nothing:X", "splitq_jax.x:y.z"]
-)
+@pytest.mark.parametrize("name", ["os:system", "splitq_jax.errors:InputError", "splitq_jax.nothing:X", "splitq_jax.x:y.z"])
 def test_only_leaves_of_this_package_are_resolved(name: str, leaves: Any, tmp_path: Path) -> None:
     out = checkpoint.save(tmp_path / "out", {"w": codes(leaves, 2, 0)})
     reseal(out, lambda m: m["tree"]["dict"]["w"].update(type=name))

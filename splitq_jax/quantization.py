@@ -46,7 +46,8 @@ def match(params: Params, recipe: Recipe) -> dict[str, Recipe]:
       InputError: a pattern that matches nothing.
     """
     parts = [recipe] if recipe.vision == "float" else [recipe, recipe.for_vision()]
-    paths, matched = kernels(params), {}
+    paths = kernels(params)
+    matched: dict[str, Recipe] = {}
     for part in parts:
         for pattern in part.sites:
             hits = [path for path in paths if fnmatchcase(path, pattern)]

@@ -1,0 +1,181 @@
+"""easy-VQA (Zhou 2019): all questions of an image packed behind it, with the answers that they should get.
+
+A row, in the words of ChatML; P is the length of the prefix, and a target is what its position should predict:
+
+    tokens     <|im_start|>user <nl> <image> ... <image> | <nl> Is it red? ... assistant <nl>  yes        <|im_end|> | <nl> What ...
+    segments   0 ...................................... | 1 ............................ 1          1           | 2 .......
+    positions  0 .................................. P-1 | P .......................... P+n      P+n+1           | P .......
+    targets    -                                        |                        yes   <|im_end|>   -           | - .......
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from splitq_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+Processor = Callable[[Sequence[Any]], Float[np.ndarray, "N C H W"]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question as tokens.
+
+    Attributes:
+      prefix: what stands before the image.
+      question: what stands between the image and the answer.
+      answer: the answer and the token that ends it.
+    """
+
+    prefix: tuple[int, ...]
+    question: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question, its number, its image and its answer."""
+
+    number: int
+    image_id: int
+    image: Any
+    question: str
+    answer: str
+
+
+def examples(records: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
+    """Give the records of a data source their numbers (``image``, ``image_id``, ``question``, ``answer``; text may be bytes)."""
+
+    def text(value: Any) -> str:
+        return value.decode() if isinstance(value, bytes) else str(value)
+
+    for number, r in enumerate(records):
+        yield Example(number, int(r["image_id"]), r["image"], text(r["question"]), text(r["answer"]))
+
+
+def prompt(tokenizer: Any, question: str, answer: str, image_token: str) -> Prompt:
+    """Render one question with the tokenizer's chat template and split it at the image.
+
+    Args:
+      tokenizer: a Hugging Face tokenizer with a chat template.
+      question: the question.
+      answer: its answer.
+      image_token: the image's placeholder, one token.
+
+    Raises:
+      InputError: the template shows no image or several, or no end of the answer; the answer changes the tokens before it.
+    """
+    user = {"role": "user", "content": f"{image_token}\n{question}"}
+    assistant = {"role": "assistant", "content": answer}
+    asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
+    told = tokenizer.apply_chat_template([user, assistant], tokenize=False)
+    before, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (asked, told))
+    image = tokenizer.convert_tokens_to_ids(image_token)
+    if before.count(image) != 1:
+        raise InputError(f"chat template: {before.count(image)} image placeholders in {asked!r}, expected one")
+    if whole[: len(before)] != before:
+        raise InputError(f"chat template: the answer changes the tokens of its question: {told!r} does not begin with {asked!r}")
+    tail, end, at = whole[len(before) :], tokenizer.eos_token_id, before.index(image)
+    if end not in tail:
+        raise InputError(f"chat template: the answer in {told!r} does not end with {tokenizer.eos_token!r}")
+    return Prompt(tuple(before[:at]), tuple(before[at + 1 :]), tuple(tail[: tail.index(end) + 1]))
+
+
+def packed_batches(
+    data: Iterable[Example],
+    tokenizer: Any,
+    processor: Processor,
+    *,
+    image_token: str,
+    image_length: int,
+    batch_size: int = 16,
+    lengths: Sequence[int] = (192, 256, 320, 384, 512),
+) -> list[Batch]:
+    """Pack questions behind their images.
+
+    Args:
+      data: the questions; those of one image need not stand together.
+      tokenizer: a Hugging Face tokenizer with a chat template.
+      processor: turns images into pixel values.
+      image_token: the image's placeholder.
+      image_length: how many placeholders an image takes.
+      batch_size: rows a batch. The last batch of a length repeats its first row, without targets.
+      lengths: the lengths to pad to: few, as each is compiled for; give one where all batches must be alike. An image whose
+        questions do not fit the longest is repeated in further rows.
+
+    Returns:
+      Batches of the model's input and ``targets`` and ``question`` (see `splitq_jax.eval.harness.evaluate`), pixel values float32.
+
+    Raises:
+      InputError: no question; a question too long for the longest row; a template that does not fit (see `prompt`).
+    """
+    rows: dict[int, list[tuple[Any, Batch]]] = {n: [] for n in sorted(lengths)}
+    image_id = tokenizer.convert_tokens_to_ids(image_token)
+    by_image = sorted(data, key=lambda e: e.image_id)
+    if not by_image:
+        raise InputError("easy-VQA: no question; give at least one image with a question and an answer")
+    for _, group in itertools.groupby(by_image, key=lambda e: e.image_id):
+        for image, prefix, parts in _fill(list(group), tokenizer, image_token, image_length, max(lengths)):
+            tokens = (*prefix, *[image_id] * image_length)
+            used = len(tokens) + sum(len(p.question) + len(p.answer) for _, p in parts)
+            length = next(n for n in rows if n >= used)
+            rows[length].append((image, _row(tokens, parts, length)))
+    return [batch for alike in rows.values() for batch in _batches(alike, processor, batch_size)]
+
+
+def _fill(
+    group: Sequence[Example], tokenizer: Any, image_token: str, image_length: int, room: int
+) -> Iterator[tuple[Any, tuple[int, ...], list[tuple[int, Prompt]]]]:
+    """Share the questions of an image among as many rows as they need."""
+    parts: list[tuple[int, Prompt]] = []
+    used = 0
+    for example in group:
+        p = prompt(tokenizer, example.question, example.answer, image_token)
+        size, start = len(p.question) + len(p.answer), len(p.prefix) + image_length
+        if start + size > room:
+            raise InputError(f"question {example.number} takes {start + size} tokens with its image, a row has {room}")
+        if parts and (used + size > room or parts[0][1].prefix != p.prefix):
+            yield group[0].image, parts[0][1].prefix, parts
+            parts = []
+        used = (used if parts else start) + size
+        parts.append((example.number, p))
+    yield group[0].image, parts[0][1].prefix, parts
+
+
+def _row(prefix: tuple[int, ...], parts: Sequence[tuple[int, Prompt]], length: int) -> Batch:
+    def line(value: int, dtype: type = np.int32) -> Int[np.ndarray, " L"]:
+        return np.full(length, value, dtype)
+
+    row = {"input_ids": line(0), "positions": line(0), "segments": line(0), "targets": line(-1), "question": line(-1)}
+    row["attention_mask"] = line(0, np.bool_)
+    row["input_ids"][: len(prefix)] = prefix
+    row["positions"][: len(prefix)] = np.arange(len(prefix))
+    end = len(prefix)
+    for segment, (number, p) in enumerate(parts, start=1):
+        start, answer = end, end + len(p.question)
+        end = answer + len(p.answer)
+        row["input_ids"][start:end] = p.question + p.answer
+        row["positions"][start:end] = len(prefix) + np.arange(end - start)
+        row["segments"][start:end] = segment
+        # a position predicts the token that follows it
+        row["targets"][answer - 1 : end - 1] = p.answer
+        row["question"][answer - 1 : end - 1] = number
+    row["attention_mask"][:end] = True
+    return row
+
+
+def _batches(rows: Sequence[tuple[Any, Batch]], processor: Processor, batch_size: int) -> Iterator[Batch]:
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        spare = batch_size - len(part)
+        blank = part[0][1] | {k: np.full_like(part[0][1][k], -1) for k in ("targets", "question")}
+        lines = [row for _, row in part] + [blank] * spare
+        batch = {k: np.stack([line[k] for line in lines]) for k in lines[0]}
+        pixels = np.asarray(processor([image for image, _ in part]), np.float32)
+        batch["pixel_values"] = np.concatenate([pixels, *[pixels[:1]] * spare])
+        yield batch

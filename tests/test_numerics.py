@@ -1,0 +1,121 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from splitq_jax import numerics, packing
+from splitq_jax.errors import InputError
+from splitq_jax.qtensor import from_codes, integer_dot, quantize_matrix
+from splitq_jax.recipe import Recipe
+
+
+def reference(x, bits, clip=1.0):
+    """The formula in plain float64 numpy: one scale per row."""
+    top = 2 ** (bits - 1) - 1
+    scale = clip * np.abs(x).max(-1, keepdims=True) / top
+    scale = np.where(scale == 0, 1, scale)
+    return np.clip(np.round(x / scale), -top - 1, top) * scale
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("clip", [1.0, 0.6])
+def test_quantization_is_the_formula(bits, clip):
+    x = np.random.default_rng(bits).standard_normal((37, 50))
+    pair = jnp.full((2,), clip)
+    got = numerics.fake_quantize(jnp.asarray(x, jnp.float32), bits, pair)
+    np.testing.assert_allclose(got, reference(x, bits, clip), atol=2e-6)
+    scale = numerics.scale_of(jnp.asarray(x, jnp.float32), bits, pair)
+    codes = numerics.encode(jnp.asarray(x, jnp.float32), scale, bits)
+    np.testing.assert_allclose(np.asarray(codes) * np.asarray(scale), got, atol=1e-6)
+    assert codes.min() >= -(2 ** (bits - 1)) and codes.max() <= 2 ** (bits - 1) - 1
+
+
+def test_two_bits_are_four_levels():
+    codes = numerics.encode(jnp.array([[-2.0, -1.0, 0.0, 1.0]]), jnp.ones((1, 1)), 2)
+    assert codes.tolist() == [[-2, -1, 0, 1]]
+    assert numerics.fake_quantize(jnp.array([[-2.0, 0.4, 1.0]]), 2, jnp.full((2,), 0.5)).tolist() == [[-2.0, 0.0, 1.0]]
+
+
+def test_decode_is_within_half_a_step():
+    x = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float32)
+    q = quantize_matrix(jnp.asarray(x), 4, axis=1)
+    assert np.all(np.abs(q.decode() - x) <= q.scale / 2 * (1 + 1e-5))
+
+
+def test_zero_rows_have_a_scale_and_sixteen_bits_are_float():
+    x = jnp.zeros((3, 8))
+    assert numerics.scale_of(x, 4).tolist() == [[1.0]] * 3
+    assert not jnp.isnan(jax.grad(lambda v: numerics.fake_quantize(v, 3).sum())(x)).any()
+    y = jax.random.normal(jax.random.key(0), (4, 9))
+    assert (numerics.fake_quantize(y, 16) == y).all()
+    # one compiled function serves every width
+    f = jax.jit(numerics.fake_quantize)
+    for bits in (2, 4, 16):
+        np.testing.assert_allclose(f(y, bits), numerics.fake_quantize(y, bits), atol=1e-6)
+
+
+def test_a_clip_pair_treats_the_signs_apart():
+    x = jnp.array([[4.0, -2.0, 1.0]])
+    assert numerics.clipped_absmax(x, jnp.array([0.25, 1.0]), -1).tolist() == [[2.0]]
+    assert numerics.clipped_absmax(x, jnp.array([1.0, 0.1]), -1).tolist() == [[4.0]]
+
+
+def test_gradients_pass_rounding_but_not_clamped_values_and_reach_clip_and_absmax():
+    x = jnp.array([[0.9, 0.3, -0.2, 2.0]])
+
+    def loss(x, clip):
+        return jnp.sum(numerics.fake_quantize(x, 4, jnp.stack([clip, clip])) * jnp.array([[1.0, 1.0, 1.0, 3.0]]))
+
+    gx, gclip = jax.grad(loss, (0, 1))(x, jnp.array(0.5))
+    scale, top = 0.5 * 2.0 / 7, 7
+    # d(code * scale)/d scale: top for the clamped entry, code - x/scale for the others
+    inner = sum(np.round(v / scale) - v / scale for v in (0.9, 0.3, -0.2)) + 3 * top
+    np.testing.assert_allclose(gx, [[1, 1, 1, inner * 0.5 / 7]], rtol=1e-4)
+    np.testing.assert_allclose(gclip, inner * 2.0 / 7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [1, 7, 16, 31, 32, 33, 560])
+def test_packing_round_trips(bits, rows):
+    codes = np.random.default_rng(rows).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, 5)).astype(np.int8)
+    words = packing.pack(jnp.asarray(codes), bits)
+    assert (packing.unpack(words, bits, rows) == codes).all()
+    stored = sum(w.size * w.dtype.itemsize for w in words) * 8
+    slab = {2: 16, 3: 32, 4: 8, 8: 1}[bits]
+    assert stored == -(-rows // slab) * slab * bits * 5  # really small: no bit beyond the padding of a slab
+
+
+def test_packed_layout_is_the_documented_one():
+    codes = jnp.arange(-8, 8, dtype=jnp.int8)[:, None]
+    (words,) = packing.pack(codes, 4)
+    expected = [sum((int(c) & 15) << (4 * j) for j, c in enumerate(range(-8 + 8 * k, 8 * k))) for k in range(2)]
+    assert (np.asarray(words).view(np.uint32)[:, 0] == np.array(expected, np.uint32)).all()
+    low, high = packing.pack(jnp.array([[-1], [-4], [3]] + [[0]] * 29, jnp.int8), 3)
+    assert low[:, 0].tolist() == [3 | 0 << 2 | 3 << 4, 0] and high[:, 0].tolist() == [0b011]
+
+
+def test_integer_dot_is_exact():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-128, 128, (9, 4096), np.int8), rng.integers(-8, 8, (4096, 33), np.int8)
+    assert (integer_dot(jnp.asarray(a), jnp.asarray(b)) == a.astype(np.int64) @ b.astype(np.int64)).all()
+    extreme = np.full((2, 8192), -128, np.int8)
+    assert (integer_dot(jnp.asarray(extreme), jnp.asarray(extreme.T)) == 8192 * 128 * 128).all()
+
+
+def test_rows_and_columns_scales():
+    w = jax.random.normal(jax.random.key(1), (24, 10))
+    assert quantize_matrix(w, 4, axis=0).scale.shape == (1, 10)
+    assert quantize_matrix(w, 4, axis=1).scale.shape == (24, 1)
+    q = from_codes(jnp.ones((24, 10), jnp.int8), jnp.full((1, 10), 2.0), 3)
+    assert q.shape == (24, 10) and (q.decode() == 2).all()
+
+
+@pytest.mark.parametrize("scheme", ["w0a4", "w17a4", "w4a17", "w4a1", "w4", "4x4", "w5a4"])
+def test_unsupported_bits_are_refused(scheme):
+    with pytest.raises(InputError, match="scheme"):
+        Recipe(scheme)
+
+
+def test_gaussian_clip_falls_with_bits_and_width():
+    assert [round(numerics.gaussian_clip(b, 3584), 2) for b in (4, 3, 2)] == [0.65, 0.5, 0.3]
+    assert numerics.gaussian_clip(4, 32) > numerics.gaussian_clip(4, 552) > numerics.gaussian_clip(4, 3584)

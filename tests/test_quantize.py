@@ -1,0 +1,273 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import splitq_jax as sq
+from splitq_jax import acc, mocd, recipes
+from splitq_jax.errors import InputError
+from splitq_jax.linear import SplitWeight, linear
+from splitq_jax.mocd import SplitSize
+from splitq_jax.quantization import kernels, layer_columns, match, prepare, summarize
+from splitq_jax.rounding import gptq
+from splitq_jax.site import learnable, with_learnable
+
+D, N, TEXT_FROM = 64, 96, 150
+PATH = "decoder/blocks_0/down"
+SPLIT = SplitSize(rate=0.04, align=1)  # the planted channels fit
+
+
+def planted_tokens(seed=0):
+    """200 tokens: vision outliers in channels 3 and 40, text channels 9 and 50 wander, 20 is large everywhere."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((200, D)) * np.geomspace(0.3, 1.5, D)[rng.permutation(D)]
+    x[:TEXT_FROM, [3, 40]] *= 30
+    x[TEXT_FROM:, [9, 50]] *= 10.0 ** rng.uniform(-1, 1.7, (50, 2))
+    x[:, 20] *= 8
+    return jnp.asarray(x, jnp.float32)
+
+
+IS_TEXT = jnp.arange(200) >= TEXT_FROM
+
+
+def site_stats(x, k):
+    absmax = jnp.stack([jnp.max(jnp.abs(x[:TEXT_FROM]), 0), jnp.max(jnp.abs(x[TEXT_FROM:]), 0), jnp.zeros(D)])
+    vision = mocd.top(absmax[mocd.VISION], k)
+    main = ~jnp.isin(jnp.arange(D), vision)
+    ranks = mocd.rank_histogram(mocd.token_ranks(x[TEXT_FROM:], main), jnp.ones(50, bool))
+    return mocd.SiteStats(absmax, absmax, jnp.ones(3), vision, ranks, x.T @ x)
+
+
+@pytest.fixture(scope="module")
+def params():
+    w = np.random.default_rng(5).standard_normal((D, N)) * 0.1
+    return {"decoder": {"blocks_0": {"down": {"kernel": jnp.asarray(w, jnp.float32)}}}}
+
+
+@pytest.fixture(scope="module")
+def stats():
+    return {PATH: site_stats(planted_tokens(), SPLIT.channels(D))}
+
+
+def relative_error(y, y0):
+    return float(jnp.sum((y - y0) ** 2) / jnp.sum(y0**2))
+
+
+def apply(tree, x):
+    return linear(x, kernels(tree)[PATH], IS_TEXT)
+
+
+VARIANTS = {
+    **{name: make("w4a4").replace(split=SPLIT) for name, make in recipes.METHODS.items()},
+    "gates": recipes.splitq("w4a4").replace(split=SPLIT, gate_start=0.7),
+    "free": recipes.splitq("w4a4").replace(split=SPLIT, cws="free", mac="free", gate_start=0.5),
+    "per layer": recipes.splitq("w4a4").replace(split=SPLIT, gate_start=0.5, svd_per="layer"),
+    "dense": recipes.flatquant("w4a4").replace(transform="dense"),
+    "both": recipes.splitq_fixed("w4a4").replace(split=SPLIT, mac_tokens="both", side_bits=8),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_sixteen_bits_are_an_identity(name, params, stats):
+    recipe = VARIANTS[name].replace(scheme="w16a16", side_bits=None)
+    x = planted_tokens(1)
+    y0 = x @ kernels(params)[PATH]
+    prepared = prepare(params, stats, recipe)
+    for tree in (prepared, sq.freeze(prepared, recipe)):
+        np.testing.assert_allclose(apply(tree, x), y0, atol=2e-5 * float(jnp.max(jnp.abs(y0))))
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w3a3", "w2a2", "w4a16"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packed_codes_give_what_training_saw(name, scheme, params, stats):
+    recipe = VARIANTS[name].replace(scheme=scheme)
+    if recipe.rounding == "gptq":
+        pytest.skip("GPTQ rounds other than to nearest")
+    prepared = prepare(params, stats, recipe)
+    frozen = sq.freeze(prepared, recipe)
+    x = planted_tokens(1)
+    seen, packed = apply(prepared, x), apply(frozen, x)
+    # values a hair from a tie may round apart in the two programs: nearly all entries agree to float precision
+    close = jnp.abs(seen - packed) < 1e-4 * jnp.max(jnp.abs(seen))
+    assert jnp.mean(close.astype(jnp.float32)) > 0.98
+    assert relative_error(packed, seen) < 1e-4
+
+
+def numpy_split_linear(x, w, leaf, bits):
+    """METHOD, section 2 and 3, in float64 loops over groups, from the leaf's transforms alone; gates are 1, factors from numpy's SVD."""
+    (w_bits, a_bits), side = bits, (max(4, bits[0]), max(4, bits[1]))
+
+    def q(m, b, axis, clip=1.0):
+        top = 2 ** (b - 1) - 1
+        s = clip * np.abs(m).max(axis, keepdims=True) / top
+        return np.clip(np.round(m / s), -top - 1, top) * s
+
+    perm = np.asarray(leaf.perm)
+    y, start = 0.0, 0
+    for i, group in enumerate(leaf.groups):
+        k = group.w.rows
+        channels = perm[start : start + k]
+        start += k
+        p = np.diag(np.asarray(group.transform.d, np.float64)) @ np.kron(
+            np.asarray(group.transform.p1, np.float64), np.asarray(group.transform.p2, np.float64)
+        )
+        xt, wt = x[:, channels] @ p, np.linalg.solve(p, w[channels])
+        a_clip = float(group.a_clip[0])
+        x_hat = q(xt, a_bits if i == 0 else side[1], 1, a_clip)
+        w_clip = 1 / (1 + np.exp(-4.0))
+        if i > 0:
+            y = y + x_hat @ q(wt, side[0], 0, w_clip)
+            continue
+        u, s, v = np.linalg.svd(w[channels], full_matrices=False)
+        pairs = []
+        for branch in (leaf.cws, leaf.mac):
+            r = branch.u.shape[1]
+            pairs.append((np.linalg.solve(p, u[:, :r] * np.sqrt(s[:r])), np.sqrt(s[:r])[:, None] * v[:r]))
+        (us, vs), (uc, vc) = pairs
+        y = y + x_hat @ q(wt - us @ vs, w_bits, 0, w_clip) + x_hat @ q(us, side[0], 0) @ q(vs, side[0], 1)
+        mac = q(xt - x_hat, side[1], 1) @ q(uc, side[0], 0) @ q(vc, side[0], 1)
+        y = y + np.where(np.asarray(IS_TEXT)[:, None], mac, 0)
+    return y
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w3a2"])
+def test_splitq_is_the_paper_in_numpy(scheme, params, stats):
+    recipe = recipes.splitq_fixed(scheme).replace(split=SPLIT)
+    frozen = sq.quantize(params, stats, recipe)
+    x = planted_tokens(2)
+    leaf = kernels(frozen)[PATH]
+    expected = numpy_split_linear(np.asarray(x, np.float64), np.asarray(kernels(params)[PATH], np.float64), leaf, recipe.main_bits)
+    assert relative_error(apply(frozen, x), jnp.asarray(expected, jnp.float32)) < 2e-4
+
+
+def test_mac_serves_the_chosen_tokens_only(params, stats):
+    x = planted_tokens(3)
+    off = apply(sq.quantize(params, stats, recipes.splitq_fixed("w4a2").replace(split=SPLIT, mac="off")), x)
+    for tokens, served in (("text", IS_TEXT), ("vision", ~IS_TEXT), ("both", jnp.ones(200, bool))):
+        recipe = recipes.splitq_fixed("w4a2").replace(split=SPLIT, mac_tokens=tokens)
+        changed = jnp.any(jnp.abs(apply(sq.quantize(params, stats, recipe), x) - off) > 1e-6, axis=1)
+        assert (changed == served).all()
+
+
+def test_every_method_beats_round_to_nearest_on_planted_outliers(params, stats):
+    x = planted_tokens(4)
+    y0 = x @ kernels(params)[PATH]
+    error = {
+        name: relative_error(apply(sq.quantize(params, stats, recipe), x), y0)
+        for name, recipe in VARIANTS.items()
+        if name != "gptq"  # repairs weights, not activations
+    }
+    assert error.pop("rtn") > 1.5 * max(error.values()), error
+
+
+@pytest.mark.parametrize("scheme", ["w4a4", "w3a3"])
+def test_the_split_alone_isolates_planted_outliers(scheme, params, stats):
+    """Without a transform: MOCD's channels carry most of the damage, random channels hardly any."""
+    x = planted_tokens(4)
+    y0 = x @ kernels(params)[PATH]
+    error = {}
+    for select in ("none", "random", "text_max", "mocd"):
+        recipe = recipes.mocd(scheme).replace(split=SPLIT, select=select, transform="none", clip=False)
+        error[select] = relative_error(apply(sq.quantize(params, stats, recipe), x), y0)
+    assert error["mocd"] < 0.5 * error["none"], error
+    assert error["mocd"] < 0.6 * error["random"], error
+
+
+def test_gptq_beats_nearest_on_correlated_inputs():
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((D, 8)) @ rng.standard_normal((8, D)) + 0.3 * np.eye(D)
+    x = jnp.asarray(rng.standard_normal((500, D)) @ mix, jnp.float32)
+    w = jnp.asarray(rng.standard_normal((D, N)), jnp.float32)
+    from splitq_jax.qtensor import quantize_matrix
+
+    errors = [relative_error(x @ q.decode(), x @ w) for q in (gptq(w, x.T @ x, 3), quantize_matrix(w, 3))]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_gptq_is_its_sequential_definition():
+    """Each row's rounding error, spread by least squares on the rows that follow (OBQ), in float64."""
+    rng = np.random.default_rng(1)
+    x, w = rng.standard_normal((60, 6)), rng.standard_normal((6, 4))
+    h = x.T @ x
+    damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(6)
+    scale, left, codes = np.abs(w).max(0) / 7, w.copy(), np.zeros((6, 4))
+    for k in range(6):
+        codes[k] = np.clip(np.round(left[k] / scale), -8, 7)
+        error = left[k] - codes[k] * scale
+        # minimise (e, d)^T H (e, d) over the later rows' change d
+        if k < 5:
+            left[k + 1 :] += np.linalg.solve(damped[k + 1 :, k + 1 :], damped[k + 1 :, k : k + 1]) @ error[None]
+    got = gptq(jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32), 4)
+    assert (np.asarray(got.codes()) == codes).all()
+
+
+def test_low_rank_factors_are_the_truncated_svd(params):
+    w = kernels(params)[PATH]
+    u, v = acc.svd_factors(w, 5)
+    full = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
+    np.testing.assert_allclose(u @ v, (full[0][:, :5] * full[1][:5]) @ full[2][:5], atol=1e-5)
+    u, v = acc.svd_factors(w, 3, (40, 30, 26))
+    assert u.shape == (D, 9) and v.shape == (9, N)
+    second = np.linalg.svd(np.asarray(w[:, 40:70], np.float64), full_matrices=False)
+    np.testing.assert_allclose((u @ v)[:, 40:70], (second[0][:, :3] * second[1][:3]) @ second[2][:3], atol=1e-5)
+    assert [acc.rank_of(0.02, *a) for a in ((560, 960, 560), (3456, 4608, 3456), (20, 9, 20))] == [11, 80, 1]
+
+
+def test_learnable_parts_come_apart_and_together(params, stats):
+    for name in ("splitq", "free", "rtn", "flatquant"):
+        site = kernels(prepare(params, stats, VARIANTS[name]))[PATH]
+        parts = learnable(site)
+        again = with_learnable(site, parts)
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), site, again))
+        doubled = with_learnable(site, jax.tree.map(lambda a: 2 * a, parts))
+        assert (doubled.w == site.w).all()
+        if name == "splitq":
+            assert set(parts["clips"]) == {"groups", "cws", "mac"} and len(parts["transforms"]["groups"]) == 3
+            assert (doubled.groups[2].transform.p2 == 2 * site.groups[2].transform.p2).all()
+        if name == "rtn":
+            assert not jax.tree.leaves(parts)
+
+
+def test_quantize_is_pure_and_runs_under_eval_shape(params, stats):
+    recipe = recipes.splitq("w3a3").replace(split=SPLIT)
+    before = jax.tree.map(jnp.copy, params)
+    real = sq.quantize(params, stats, recipe)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), before, params))
+    shapes = jax.eval_shape(lambda p, s: sq.quantize(p, s, recipe), params, stats)
+    assert jax.tree.structure(shapes) == jax.tree.structure(real)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, shapes, real))
+    jitted = jax.jit(lambda p, s: sq.quantize(p, s, recipe))(params, stats)
+    assert relative_error(apply(jitted, planted_tokens()), apply(real, planted_tokens())) < 1e-4
+
+
+def test_effective_bits_count_everything(params, stats):
+    leaf = kernels(sq.quantize(params, stats, recipes.splitq("w3a3").replace(split=SPLIT)))[PATH]
+    assert isinstance(leaf, SplitWeight)
+    (row,) = summarize({"decoder": {"blocks_0": {"down": {"kernel": leaf}}}})
+    k = SPLIT.channels(D)
+    assert row.shape == (D, N) and row.groups == (D - 2 * k, k, k) and row.bits == (3, 3)
+    by_hand = sum(a.nbytes for a in jax.tree.leaves(leaf))
+    assert row.stored_bytes == by_hand and row.effective_bits == pytest.approx(8 * by_hand / (D * N))
+
+
+def test_what_the_recipe_lacks_is_named(params, stats):
+    with pytest.raises(InputError, match="matches none"):
+        match(params, recipes.rtn("w4a4").replace(sites=("decoder/blocks_*/attn",)))
+    with pytest.raises(InputError, match="no calibration statistics"):
+        prepare(params, {}, recipes.splitq("w4a4"))
+    with pytest.raises(InputError, match="side channels"):
+        prepare(params, stats, recipes.splitq("w4a4"))  # collected for another split
+    with pytest.raises(InputError, match="gram=True"):
+        sq.quantize(params, {PATH: stats[PATH].replace(gram=None)}, recipes.gptq("w4a4"))
+    with pytest.raises(InputError, match="--method"):
+        recipes.named("magic", "w4a4")
+    with pytest.raises(TypeError, match="weight leaf"):
+        linear(jnp.ones((2, 3)), "text")
+
+
+def test_fused_layers_are_told_apart():
+    block = {"qkv": {"kernel": jnp.ones((8, 16))}, "o": {"kernel": jnp.ones((8, 8))}, "gate_up": {"kernel": jnp.ones((8, 20))}}
+    tree = {"decoder": {"blocks_0": block}}
+    assert layer_columns(tree, "decoder/blocks_0/qkv") == (8, 4, 4)
+    assert layer_columns(tree, "decoder/blocks_0/gate_up") == (10, 10)
+    assert layer_columns(tree, "decoder/blocks_0/o") == (8,)

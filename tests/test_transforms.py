@@ -1,0 +1,56 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitq_jax import transforms
+from splitq_jax.transforms import Transform, apply, apply_inverse
+
+
+@given(st.integers(1, 20000))
+@settings(max_examples=60, deadline=None)
+def test_factors_are_the_nearest_divisors(size):
+    n1, n2 = transforms.factors(size)
+    assert n1 * n2 == size and n1 <= n2
+    assert not any(size % n == 0 for n in range(n1 + 1, int(size**0.5) + 1))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(560, (20, 28)), (1472, (32, 46)), (3584, (56, 64)), (18946, (2, 9473)), (13, (1, 13))]
+)
+def test_factors_end_for_every_parity(size, expected):
+    assert transforms.factors(size) == expected
+
+
+def test_apply_is_the_dense_matrix():
+    rng = np.random.default_rng(0)
+    d, p1, p2 = rng.uniform(0.5, 2, 12), rng.standard_normal((3, 3)), rng.standard_normal((4, 4))
+    dense = np.diag(d) @ np.kron(p1, p2)
+    t = Transform(*(jnp.asarray(a, jnp.float32) for a in (d, p1, p2)))
+    x, w = rng.standard_normal((5, 12)), rng.standard_normal((12, 7))
+    np.testing.assert_allclose(apply(t, jnp.asarray(x, jnp.float32)), x @ dense, atol=1e-5)
+    np.testing.assert_allclose(apply_inverse(t, jnp.asarray(w, jnp.float32)), np.linalg.solve(dense, w), atol=2e-4)
+
+
+@pytest.mark.parametrize("size", [8, 32, 46, 560, 1472])
+def test_transform_and_inverse_cancel(size):
+    n1, n2 = transforms.factors(size)
+    d = jnp.exp(jax.random.normal(jax.random.key(0), (size,)))
+    t = Transform(d, jnp.asarray(transforms.orthogonal(n1, 1)), jnp.asarray(transforms.orthogonal(n2, 2)))
+    x, w = jax.random.normal(jax.random.key(1), (6, size)), jax.random.normal(jax.random.key(2), (size, 9))
+    np.testing.assert_allclose(apply(t, x) @ apply_inverse(t, w), x @ w, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 12, 20, 23, 35, 48, 576, 1536])
+def test_hadamard_is_orthogonal_and_flat(size):
+    h = transforms.hadamard(size)
+    np.testing.assert_allclose(h @ h.T, np.eye(size), atol=1e-5)
+    flatness = np.abs(h).max() * np.sqrt(size)
+    assert flatness <= (1 + 1e-4 if size in {1, 2, 12, 20, 48, 576, 1536} else np.sqrt(2) + 1e-4)
+
+
+def test_smoothing_is_smoothquant_and_survives_dead_channels():
+    d = transforms.smoothing(jnp.array([4.0, 0.0, 1.0]), jnp.array([9.0, 1.0, 0.0]), 0.5, 0.5)
+    np.testing.assert_allclose(d, [1.5, 1.0, 1.0])
