@@ -91,8 +91,8 @@ def page(report: Report) -> str:
     parts.append(
         '<p class="note">Accuracy: share of questions whose greedy answer is exactly the expected one, in %, with its 95 % Wilson '
         "interval; ± is the standard deviation over calibration seeds. Agrees: share of questions on which the model says "
-        "what the float model says. KL: mean divergence from the float model at the answers’ tokens, in nats. Bits a weight: "
-        "everything stored for the quantized layers (codes, scales, transforms, low-rank branches), divided by their weights. "
+        "what the float model says. KL: mean divergence from the float model at the answers’ tokens, in nats. Bits: "
+        "everything stored for the quantized layers (codes, scales, transforms, low-rank branches), per weight. "
         "MB: all parameters. Seconds: calibration, training and quantization. Bold: the lowest KL of a scheme.</p>"
     )
     if compared:
@@ -102,8 +102,8 @@ def page(report: Report) -> str:
         parts.append("<h2>Channels that are split off</h2>")
         parts.append(
             "<p>The largest magnitude of each input channel over the calibration tokens. Filled: split off for this modality. "
-            "Outlined: split off for the other. Vision channels are chosen by magnitude, text channels by the instability of "
-            "their rank, so the latter need not be large.</p>"
+            "Outlined: split off for the other. MOCD chooses vision channels by magnitude and text channels by the "
+            "instability of their rank, so the latter need not be large.</p>"
         )
         parts += [_figure(channel_maxima(c), f"Per-channel maxima of {c.site}") for c in report.channels]
     if report.samples:

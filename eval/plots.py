@@ -28,40 +28,38 @@ STYLE = {
 
 
 def losses(summaries: Sequence[Summary]) -> str:
-    """Draw a panel a scheme: accuracy with its 95 % interval above, KL from float below; one bar a method.
+    """Draw a line of two panels for each scheme: accuracy with its 95 % interval, and KL from float; one bar a method.
 
-    The dashed line is the float model's accuracy. Every axis starts at 0.
+    The dashed line is the float model's accuracy. Every axis starts at 0; the accuracies share theirs.
     """
     methods = list(dict.fromkeys(s.row.method for s in summaries if s.row.scheme != FLOAT))
     schemes = list(dict.fromkeys(s.row.scheme for s in summaries if s.row.scheme != FLOAT))
     reference = next((s.row for s in summaries if s.row.scheme == FLOAT), None)
     if not schemes:
         raise InputError("report: only the float model was evaluated; there is nothing to compare")
-    figure, axes = _subplots(2, len(schemes), (1.6 + 2.5 * len(schemes), 1.3 + 0.5 * len(methods)), False, True)
-    for column, scheme in enumerate(schemes):
+    figure, axes = _subplots(len(schemes), 2, (11.0, len(schemes) * (0.75 + 0.24 * len(methods))), False, True)
+    for (left, right), scheme in zip(axes, schemes, strict=True):
         found = {s.row.method: s.row for s in summaries if s.row.scheme == scheme}
-        rows = [(methods.index(m), r) for m, r in found.items()]
-        y = [i for i, _ in rows]
-        colours = [OURS if r.method.startswith("splitq") else BAR for _, r in rows]
-        top, bottom = axes[0][column], axes[1][column]
-        accuracy = np.array([100 * r.accuracy for _, r in rows])
-        ends = 100 * np.array([r.interval for _, r in rows]).T  # 2 M
+        y = [methods.index(m) for m in found]
+        colours = [OURS if m.startswith("splitq") else BAR for m in found]
+        accuracy = np.array([100 * r.accuracy for r in found.values()])
+        ends = 100 * np.array([r.interval for r in found.values()]).T  # 2 M
         error = {"ecolor": INK, "elinewidth": 1, "capsize": 2}
-        top.barh(y, accuracy, 0.66, xerr=np.abs(ends - accuracy), color=colours, error_kw=error)
+        left.barh(y, accuracy, 0.66, xerr=np.abs(ends - accuracy), color=colours, error_kw=error)
         for i, value in zip(y, accuracy, strict=True):
-            top.text(120, i, f"{value:.1f}", va="center", ha="right", color=INK, fontsize=8)
+            left.text(108, i, f"{value:.1f}", va="center", ha="right", color=INK, fontsize=8)
         if reference is not None:
-            top.axvline(100 * reference.accuracy, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
-        top.set(xlim=(0, 120), xticks=range(0, 101, 25), title=scheme.upper())
-        kl = np.array([r.kl for _, r in rows])
-        bottom.barh(y, kl, 0.66, color=colours)
+            left.axvline(100 * reference.accuracy, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+        left.set(xlim=(0, 108), xticks=range(0, 101, 20))
+        left.set_title(f"{scheme.upper()}: accuracy, %", loc="left", fontweight="bold")
+        kl = np.array([r.kl for r in found.values()])
+        right.barh(y, kl, 0.66, color=colours)
         for i, value in zip(y, kl, strict=True):
-            bottom.text(value + 0.02 * kl.max(), i, f"{value:.3f}", va="center", color=INK, fontsize=8)
-        bottom.set(xlim=(0, max(1.3 * float(kl.max()), 1e-9)))
-        bottom.locator_params(axis="x", nbins=4)
-        top.set_xlabel("accuracy, %")
-        bottom.set_xlabel("KL from float, nats")
-        for axis in (top, bottom):
+            right.text(value + 0.012 * kl.max(), i, f"{value:.3f}", va="center", color=INK, fontsize=8)
+        right.set(xlim=(0, max(1.12 * float(kl.max()), 1e-9)))
+        right.locator_params(axis="x", nbins=5)
+        right.set_title("KL from float, nats", loc="left", fontweight="bold")
+        for axis in (left, right):
             axis.set_yticks(range(len(methods)), methods)
             axis.set_ylim(len(methods) - 0.4, -0.6)  # the first method on top
             axis.grid(axis="x", color=GRID, linewidth=0.8)
@@ -108,6 +106,7 @@ def _subplots(rows: int, columns: int, size: tuple[float, float], sharex: bool, 
         raise InputError("plots need matplotlib: pip install 'splitq-jax[demo]'") from e
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06, hspace=0.06)  # type: ignore[union-attr]
         axes = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right", "left"]].set_visible(False)

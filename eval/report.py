@@ -188,7 +188,7 @@ def table(rows: Sequence[Row]) -> Table:
     caption = (
         f"{questions:,} questions. Agrees: with float, in %. KL: from float, nats an answer token. Bits: per weight, all told."
     )
-    drawn = Table(caption=caption, box=SIMPLE, pad_edge=False)
+    drawn = Table(caption=caption, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for i, name in enumerate(COLUMNS):
         drawn.add_column(name, justify="left" if i < 2 else "right", no_wrap=True)
     winners, previous = best(summaries), ""

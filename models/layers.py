@@ -1,0 +1,115 @@
+"""What the families share: linear layers that take typed leaves, norms, rotary embedding, grouped attention, gated MLP."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from splitq_jax.errors import InputError
+from splitq_jax.linear import linear
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+}
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """Return an activation by Hugging Face's name.
+
+    Raises:
+      InputError: a name that is not supported.
+    """
+    if name not in ACTIVATIONS:
+        raise InputError(f"config.json: activation {name!r}; supported are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class Linear(nn.Module):
+    """``x W + b``; the kernel may be an array or a typed (quantized) leaf, and is then not checked for its shape.
+
+    The input is sown into the collection ``inputs`` for calibration.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B K"], is_text: Bool[Array, "*B"] | None = None) -> Float[Array, "*B N"]:
+        """Multiply; ``is_text`` goes to the leaf."""
+        self.sow("inputs", "kernel", x)
+        if self.is_initializing():
+            kernel: Any = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features))
+        else:
+            kernel = self.get_variable("params", "kernel")
+        y = linear(x, kernel, is_text)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,))
+            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalise the last axis."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class LayerNorm(nn.Module):
+    """Layer norm, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalise the last axis."""
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return (y * scale.astype(jnp.float32).reshape(shape) + bias.astype(jnp.float32).reshape(shape)).astype(x.dtype)
+
+
+def rotate(
+    x: Float[Array, "B L H d"], positions: Int[Array, "B L"], frequencies: Float[Array, " d_2"], scaling: float
+) -> Float[Array, "B L H d"]:
+    """Apply the rotary embedding, the two halves of a head being the two coordinates (arXiv 2104.09864, Llama's layout)."""
+    angles = positions[..., None].astype(jnp.float32) * frequencies.reshape(1, 1, -1)  # B L d/2
+    cos, sin = (f(angles)[:, :, None, :] * scaling for f in (jnp.cos, jnp.sin))
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B L H d"],
+    k: Float[Array, "B S G d"],
+    v: Float[Array, "B S G d"],
+    mask: Bool[Array, "B 1 L S"] | None,
+) -> Float[Array, "B L D"]:
+    """Attention with H query heads over G key/value heads; softmax in float32."""
+    batch, length, heads, size = q.shape
+    groups = k.shape[2]
+    grouped = q.reshape(batch, length, groups, heads // groups, size)
+    scores = jnp.einsum("blgrd,bsgd->bgrls", grouped, k).astype(jnp.float32) * size**-0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgrls,bsgd->blgrd", weights, v).reshape(batch, length, heads * size)
