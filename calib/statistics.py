@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
-from rich.progress import track
+from rich.progress import Progress
 
 from splitq_jax.calib.blocks import (
     Batch,
@@ -45,7 +45,7 @@ def collect(
     one_modality: bool = False,
     vision_tower: bool = False,
     mesh: Mesh | None = None,
-    progress: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, SiteStats]:
     """Collect the statistics of all decoder sites (and, on request, of the vision tower's).
 
@@ -59,7 +59,7 @@ def collect(
       one_modality: accept a set with only text or only vision tokens.
       vision_tower: also collect maxima for the vision tower's sites.
       mesh: devices to share the samples (axis ``data``).
-      progress: show a progress bar.
+      progress: a rich progress bar to add a task to.
 
     Raises:
       InputError: an empty set, one modality only, values that are not finite.
@@ -70,7 +70,9 @@ def collect(
     check_modalities(hiddens, one_modality)
     stats = _vision_stats(model, params, batches) if vision_tower else {}
     first_pass, second_pass = _passes(model, mesh, skip_first, gram)
-    for i in track(range(model.config.num_layers), "collecting statistics", disable=not progress):
+    depth = model.config.num_layers
+    task = None if progress is None else progress.add_task("collecting statistics", total=depth)
+    for i in range(depth):
         p = block_params(params, i)
         sums: dict[str, dict[str, np.ndarray]] = {}
         outs = []
@@ -98,6 +100,8 @@ def collect(
                 ranks=jnp.asarray(ranks[n]),
             )
         hiddens = outs
+        if progress is not None and task is not None:
+            progress.advance(task)
     return stats
 
 

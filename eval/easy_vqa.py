@@ -11,6 +11,7 @@ A row, in the words of ChatML; P is the length of the prefix, and a target is wh
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -115,12 +116,14 @@ def packed_batches(
       InputError: no question; a question too long for the longest row; a template that does not fit (see `prompt`).
     """
     rows: dict[int, list[tuple[Any, Batch]]] = {n: [] for n in sorted(lengths)}
+    # the questions come from few templates: each is rendered once
+    render = cache(partial(prompt, tokenizer, image_token=image_token))
     image_id = tokenizer.convert_tokens_to_ids(image_token)
     by_image = sorted(data, key=lambda e: e.image_id)
     if not by_image:
         raise InputError("easy-VQA: no question; give at least one image with a question and an answer")
     for _, group in itertools.groupby(by_image, key=lambda e: e.image_id):
-        for image, prefix, parts in _fill(list(group), tokenizer, image_token, image_length, max(lengths)):
+        for image, prefix, parts in _fill(list(group), render, image_length, max(lengths)):
             tokens = (*prefix, *[image_id] * image_length)
             used = len(tokens) + sum(len(p.question) + len(p.answer) for _, p in parts)
             length = next(n for n in rows if n >= used)
@@ -129,13 +132,13 @@ def packed_batches(
 
 
 def _fill(
-    group: Sequence[Example], tokenizer: Any, image_token: str, image_length: int, room: int
+    group: Sequence[Example], render: Callable[[str, str], Prompt], image_length: int, room: int
 ) -> Iterator[tuple[Any, tuple[int, ...], list[tuple[int, Prompt]]]]:
     """Share the questions of an image among as many rows as they need."""
     parts: list[tuple[int, Prompt]] = []
     used = 0
     for example in group:
-        p = prompt(tokenizer, example.question, example.answer, image_token)
+        p = render(example.question, example.answer)
         size, start = len(p.question) + len(p.answer), len(p.prefix) + image_length
         if start + size > room:
             raise InputError(f"question {example.number} takes {start + size} tokens with its image, a row has {room}")

@@ -122,8 +122,8 @@ def evaluate(
         compared = None
         if reference is not None:
             compared = _reference_rows(reference, rows, seen, number)
-        x, context = _forward(model, params, outer, batch)
-        part = _score(model, outer, x, context, rows.at, rows.target, compared, reference and reference.outer)
+        x = _forward(model, params, outer, batch)
+        part = _score(model, outer, x, rows.at, rows.target, compared, reference and reference.outer)
         kept = {k: np.asarray(v)[rows.used] for k, v in part.items()}  # T ...
         if not np.isfinite(kept["log_prob"]).all():
             raise InputError(f"evaluation: batch {number}: log-probabilities are not finite; check the weights and scales")
@@ -178,11 +178,11 @@ def _outer(params: Params) -> Params:
     return {**params, "decoder": decoder}
 
 
-def _forward(model: Any, params: Params, outer: Params, batch: Batch) -> tuple[Float[Array, "B L D"], Any]:
+def _forward(model: Any, params: Params, outer: Params, batch: Batch) -> Float[Array, "B L D"]:
     x, context = _embed(model, outer, {k: v for k, v in batch.items() if k not in LABELS})
     for i in range(model.config.num_layers):
         x = _block(model, params["decoder"][f"blocks_{i}"], x, context)
-    return x, context
+    return x
 
 
 @partial(jax.jit, static_argnames="model")
@@ -202,14 +202,13 @@ def _score(
     model: Any,
     outer: Params,
     x: Float[Array, "B L D"],
-    context: Any,
     at: Int[Array, "B A"],
     target: Int[Array, "B A"],
     reference: Float[Array, "B A D"] | None,
     reference_outer: Params | None,
 ) -> dict[str, Array]:
     def log_probabilities(p: Params, h: Float[Array, "B A D"]) -> Float[Array, "B A V"]:
-        return jax.nn.log_softmax(model.apply({"params": p}, h, context, method="unembed"))
+        return jax.nn.log_softmax(model.apply({"params": p}, h, method="unembed"))
 
     hidden = jnp.take_along_axis(x, at[..., None], axis=1)  # B A D
     log_q = log_probabilities(outer, hidden)

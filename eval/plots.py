@@ -102,11 +102,11 @@ def _subplots(rows: int, columns: int, size: tuple[float, float], sharex: bool, 
     try:
         from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as e:
         raise InputError("plots need matplotlib: pip install 'splitq-jax[demo]'") from e
     with rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(wspace=0.06, hspace=0.06)  # type: ignore[union-attr]
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
         axes = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right", "left"]].set_visible(False)

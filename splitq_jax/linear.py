@@ -67,6 +67,15 @@ class SplitWeight:
         return sum(g.w.rows for g in self.groups), self.groups[0].w.shape[1]
 
 
+@struct.dataclass
+class Lora:
+    """A frozen kernel with a trainable low-rank update, ``w + a b`` (LoRA, arXiv 2106.09685); merged before quantization."""
+
+    w: Float[Array, "D N"]
+    a: Float[Array, "D r"]
+    b: Float[Array, "r N"]
+
+
 class Tokens(NamedTuple):
     """Activations as int8 codes with a scale per token, or floats with ``scale=None``."""
 
@@ -83,7 +92,7 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
 
     Args:
       x: tokens.
-      w: a ``(D, N)`` array, a `SplitWeight` (packed codes) or a `TrainableSplit` (under calibration).
+      w: a ``(D, N)`` array, a `SplitWeight` (packed codes), a `TrainableSplit` (under calibration) or a `Lora` (fine-tuning).
       is_text: which tokens are text; only MAC reads it. None: all are.
 
     Raises:
@@ -93,6 +102,8 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
         return split_linear(x.astype(jnp.float32), w, is_text).astype(x.dtype)
     if isinstance(w, TrainableSplit):
         return trainable_linear(x, w, is_text)
+    if isinstance(w, Lora):
+        return x @ w.w + (x @ w.a) @ w.b
     if not hasattr(w, "dtype"):
         raise TypeError(f"linear: a weight leaf of type {type(w).__name__}; expected an array, SplitWeight or TrainableSplit")
     return x @ w.astype(x.dtype)

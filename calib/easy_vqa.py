@@ -1,0 +1,128 @@
+"""easy-VQA (MIT, PyPI ``easy-vqa``) as a tensorflow-datasets builder: array_record files, read without TensorFlow.
+
+An example is an image with all its questions. ``validation`` is the last tenth of the package's training images: choose settings
+there, report on ``test``.
+"""
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from splitq_jax.errors import InputError
+
+SPLITS = ("train", "validation", "test")
+TRAIN_IMAGES = 3600  # of the package's 4,000; the rest is held out
+
+
+def package_data() -> Path:
+    """Return the folder of the package's images and questions.
+
+    Raises:
+      InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("easy_vqa")
+    if spec is None or spec.origin is None:
+        raise InputError("easy-VQA: the package is not installed; run: pip install easy-vqa==1.0")
+    return Path(spec.origin).parent / "data"
+
+
+@cache
+def _builder_class() -> Any:
+    # tensorflow-datasets takes a second to import
+    import tensorflow_datasets as tfds
+
+    class EasyVqa(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc, unused-ignore]
+        """Synthetic 64 x 64 images of one shape, with questions about shape and colour."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        RELEASE_NOTES = {"1.0.0": "The package's images and questions."}  # noqa: RUF012
+
+        def _info(self) -> Any:
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="easy-VQA: one coloured shape an image, questions with 13 answers.",
+                features=tfds.features.FeaturesDict(
+                    {
+                        "image": tfds.features.Image(shape=(64, 64, 3)),
+                        "image_id": np.int64,
+                        "questions": tfds.features.Sequence(tfds.features.Text()),
+                        "answers": tfds.features.Sequence(tfds.features.Text()),
+                    }
+                ),
+                homepage="https://github.com/vzhou842/easy-VQA",
+            )
+
+        def _split_generators(self, _: Any) -> dict[str, Any]:
+            return {split: self._generate_examples(split) for split in SPLITS}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+            folder = package_data() / ("test" if split == "test" else "train")
+            asked: dict[int, list[tuple[str, str]]] = {}
+            for question, answer, image_id in json.loads((folder / "questions.json").read_text()):
+                asked.setdefault(image_id, []).append((question, answer))
+            for image_id, pairs in sorted(asked.items()):
+                if split != "test" and (image_id < TRAIN_IMAGES) != (split == "train"):
+                    continue
+                yield (
+                    image_id,
+                    {
+                        "image": checked_png(folder / "images" / f"{image_id}.png"),
+                        "image_id": image_id,
+                        "questions": [q for q, _ in pairs],
+                        "answers": [a for _, a in pairs],
+                    },
+                )
+
+    return EasyVqa
+
+
+def checked_png(path: Path) -> Image.Image:
+    """Open an image as RGB.
+
+    Raises:
+      InputError: a file that is missing or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); install easy-vqa anew") from None
+
+
+def build(data_dir: str | Path) -> Any:
+    """Write the array_record files (once) under ``data_dir`` and return the builder."""
+    builder = _builder_class()(data_dir=str(data_dir), file_format="array_record")
+    builder.download_and_prepare()
+    return builder
+
+
+def records(data_dir: str | Path, split: str, images: range | np.ndarray | None = None) -> list[dict[str, Any]]:
+    """Return one record a question: ``image`` (64, 64, 3) uint8, shared by the image's questions, ``image_id``, ``question``, ``answer``.
+
+    Args:
+      data_dir: where the data set is built.
+      split: ``train``, ``validation`` or ``test``.
+      images: which images of the split, by index; None for all.
+
+    Raises:
+      InputError: an unknown split; an image that is damaged.
+    """
+    if split not in SPLITS:
+        raise InputError(f"easy-VQA: split {split!r}; expected one of {', '.join(SPLITS)}")
+    source = build(data_dir).as_data_source(split)
+    out = []
+    for i in range(len(source)) if images is None else images:
+        try:
+            example = source[int(i)]
+        except (ValueError, OSError, SyntaxError) as error:
+            raise InputError(f"easy-VQA {split}[{i}]: damaged ({error}); delete {data_dir} to build it anew") from None
+        for question, answer in zip(example["questions"], example["answers"], strict=True):
+            pair = {"question": question.decode(), "answer": answer.decode()}
+            out.append({"image": example["image"], "image_id": int(example["image_id"]), **pair})
+    return out

