@@ -98,9 +98,10 @@ class Llava(nn.Module):
         self.projector = Projector(c.text.hidden_size, c.projector_hidden_act, c.projector_bias)
         self.decoder = Decoder(c.text, c.tied)
 
+    @nn.nowrap
     def block(self) -> Block:
         """Return the decoder block's module, to be applied to one block's parameters."""
-        return Block(self.config.text)
+        return Block(self.config.text, parent=None)
 
     def features(self, pixel_values: Float[Array, "N C H W"]) -> Float[Array, "N T D"]:
         """Return the projected image tokens."""
