@@ -3,4 +3,5 @@
 from splitq_jax.calib.blocks import data_mesh as data_mesh
 from splitq_jax.calib.reconstruction import FitConfig as FitConfig
 from splitq_jax.calib.reconstruction import fit as fit
+from splitq_jax.calib.site_errors import site_errors as site_errors
 from splitq_jax.calib.statistics import collect as collect

@@ -70,6 +70,7 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
     empty = True
     for batch in batches:
         empty = False
+        model.check(batch)
         out = jax.tree.map(np.asarray, run(outer, dict(batch)))
         yield Hidden(out.x, out.context)
     if empty:

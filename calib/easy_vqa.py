@@ -6,7 +6,7 @@ there, report on ``test``.
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from splitq_jax.errors import InputError
 
-SPLITS = ("train", "validation", "test")
-TRAIN_IMAGES = 3600  # of the package's 4,000; the rest is held out
+SPLITS = {"train": 3600, "validation": 400, "test": 1000}  # images; the package's 4,000 training images are shared by the first two
 
 
 def package_data() -> Path:
@@ -37,9 +36,10 @@ def _builder_class() -> Any:
     # tensorflow-datasets takes a second to import
     import tensorflow_datasets as tfds
 
-    class EasyVqa(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc, unused-ignore]
+    class Builder(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc, unused-ignore]
         """Synthetic 64 x 64 images of one shape, with questions about shape and colour."""
 
+        name = "easy_vqa"
         VERSION = tfds.core.Version("1.0.0")
         RELEASE_NOTES = {"1.0.0": "The package's images and questions."}  # noqa: RUF012
 
@@ -67,7 +67,7 @@ def _builder_class() -> Any:
             for question, answer, image_id in json.loads((folder / "questions.json").read_text()):
                 asked.setdefault(image_id, []).append((question, answer))
             for image_id, pairs in sorted(asked.items()):
-                if split != "test" and (image_id < TRAIN_IMAGES) != (split == "train"):
+                if split != "test" and (image_id < SPLITS["train"]) != (split == "train"):
                     continue
                 yield (
                     image_id,
@@ -79,7 +79,7 @@ def _builder_class() -> Any:
                     },
                 )
 
-    return EasyVqa
+    return Builder
 
 
 def checked_png(path: Path) -> Image.Image:
@@ -102,27 +102,41 @@ def build(data_dir: str | Path) -> Any:
     return builder
 
 
-def records(data_dir: str | Path, split: str, images: range | np.ndarray | None = None) -> list[dict[str, Any]]:
-    """Return one record a question: ``image`` (64, 64, 3) uint8, shared by the image's questions, ``image_id``, ``question``, ``answer``.
+class EasyVqa:
+    """The data set, built under ``data_dir`` when it is first read."""
 
-    Args:
-      data_dir: where the data set is built.
-      split: ``train``, ``validation`` or ``test``.
-      images: which images of the split, by index; None for all.
+    def __init__(self, data_dir: str | Path) -> None:
+        self.data_dir = Path(data_dir)
 
-    Raises:
-      InputError: an unknown split; an image that is damaged.
-    """
-    if split not in SPLITS:
-        raise InputError(f"easy-VQA: split {split!r}; expected one of {', '.join(SPLITS)}")
-    source = build(data_dir).as_data_source(split)
-    out = []
-    for i in range(len(source)) if images is None else images:
-        try:
-            example = source[int(i)]
-        except (ValueError, OSError, SyntaxError) as error:
-            raise InputError(f"easy-VQA {split}[{i}]: damaged ({error}); delete {data_dir} to build it anew") from None
-        for question, answer in zip(example["questions"], example["answers"], strict=True):
-            pair = {"question": question.decode(), "answer": answer.decode()}
-            out.append({"image": example["image"], "image_id": int(example["image_id"]), **pair})
-    return out
+    def count(self, split: str) -> int:
+        """Return the number of a split's images.
+
+        Raises:
+          InputError: an unknown split.
+        """
+        if split not in SPLITS:
+            raise InputError(f"easy-VQA: split {split!r}; expected one of {', '.join(SPLITS)}")
+        return SPLITS[split]
+
+    def records(self, split: str, images: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """Return one record a question: ``image`` (64, 64, 3) uint8, shared by the image's questions, ``image_id``, ``question``, ``answer``.
+
+        Args:
+          split: ``train``, ``validation`` or ``test``.
+          images: which images of the split, by index; None for all.
+
+        Raises:
+          InputError: an unknown split; an image that is damaged.
+        """
+        count = self.count(split)
+        source = build(self.data_dir).as_data_source(split)
+        out = []
+        for i in range(count) if images is None else images:
+            try:
+                example = source[int(i)]
+            except (ValueError, OSError, SyntaxError) as error:
+                raise InputError(f"easy-VQA {split}[{i}]: damaged ({error}); delete {self.data_dir} to build it anew") from None
+            for question, answer in zip(example["questions"], example["answers"], strict=True):
+                pair = {"question": question.decode(), "answer": answer.decode()}
+                out.append({"image": example["image"], "image_id": int(example["image_id"]), **pair})
+        return out

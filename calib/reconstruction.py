@@ -220,7 +220,8 @@ def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
         value, grads = jax.value_and_grad(total)(theta, student, x, y, context)
         value, grads = jax.lax.psum((value, grads), "data")
         grads = jax.tree.map(lambda g: g / jnp.maximum(value, 1e-30), grads)
-        updates, state = optimizer.update(grads, state, theta)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer step count
+            updates, state = optimizer.update(grads, state, theta)
         moved: Any = optax.apply_updates(theta, updates)
         return moved, state
 

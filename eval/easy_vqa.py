@@ -9,6 +9,7 @@ A row, in the words of ChatML; P is the length of the prefix, and a target is wh
 """
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -95,7 +96,7 @@ def packed_batches(
     image_token: str,
     image_length: int,
     batch_size: int = 16,
-    lengths: Sequence[int] = (192, 256, 320, 384, 512),
+    lengths: Sequence[int] | None = None,
 ) -> list[Batch]:
     """Pack questions behind their images.
 
@@ -106,8 +107,8 @@ def packed_batches(
       image_token: the image's placeholder.
       image_length: how many placeholders an image takes.
       batch_size: rows a batch. The last batch of a length repeats its first row, without targets.
-      lengths: the lengths to pad to: few, as each is compiled for; give one where all batches must be alike. An image whose
-        questions do not fit the longest is repeated in further rows.
+      lengths: the lengths to pad to: few, as each is compiled for. An image whose questions do not fit the longest is repeated in
+        further rows. None: one length, the longest row's, rounded up to a multiple of 32.
 
     Returns:
       Batches of the model's input and ``targets`` and ``question`` (see `splitq_jax.eval.harness.evaluate`), pixel values float32.
@@ -115,19 +116,20 @@ def packed_batches(
     Raises:
       InputError: no question; a question too long for the longest row; a template that does not fit (see `prompt`).
     """
-    rows: dict[int, list[tuple[Any, Batch]]] = {n: [] for n in sorted(lengths)}
     # the questions come from few templates: each is rendered once
     render = cache(partial(prompt, tokenizer, image_token=image_token))
     image_id = tokenizer.convert_tokens_to_ids(image_token)
     by_image = sorted(data, key=lambda e: e.image_id)
     if not by_image:
         raise InputError("easy-VQA: no question; give at least one image with a question and an answer")
-    for _, group in itertools.groupby(by_image, key=lambda e: e.image_id):
-        for image, prefix, parts in _fill(list(group), render, image_length, max(lengths)):
-            tokens = (*prefix, *[image_id] * image_length)
-            used = len(tokens) + sum(len(p.question) + len(p.answer) for _, p in parts)
-            length = next(n for n in rows if n >= used)
-            rows[length].append((image, _row(tokens, parts, length)))
+    room = max(lengths) if lengths else sys.maxsize
+    groups = [list(group) for _, group in itertools.groupby(by_image, key=lambda e: e.image_id)]
+    filled = [row for group in groups for row in _fill(group, render, image_length, room)]
+    used = [len(prefix) + image_length + sum(len(p.question) + len(p.answer) for _, p in parts) for _, prefix, parts in filled]
+    rows: dict[int, list[tuple[Any, Batch]]] = {n: [] for n in sorted(lengths or [-(-max(used) // 32) * 32])}
+    for (image, prefix, parts), taken in zip(filled, used, strict=True):
+        length = next(n for n in rows if n >= taken)
+        rows[length].append((image, _row((*prefix, *[image_id] * image_length), parts, length)))
     return [batch for alike in rows.values() for batch in _batches(alike, processor, batch_size)]
 
 

@@ -12,7 +12,14 @@ from jax.lax import dynamic_update_slice
 from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
-from splitq_jax.models.layers import Linear, RMSNorm, activation, attend, rotate
+from splitq_jax.models.layers import LARGEST_NUMBER, Linear, RMSNorm, activation, attend, check_sizes, rotate
+
+# the numbers that each type of rotary embedding needs besides rope_theta
+ROPE = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,16 @@ class DecoderConfig:
     attention_bias: bool
     mlp_bias: bool
 
+    def __post_init__(self) -> None:
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        check_sizes("text_config", **{name: getattr(self, name) for name in names})
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(
+                f"config.json: {self.num_heads} attention heads are no multiple of {self.num_kv_heads} key/value heads"
+            )
+        if self.head_dim % 2:
+            raise InputError(f"config.json: head_dim {self.head_dim} is odd; the rotary embedding needs pairs")
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "DecoderConfig":
         """Read Hugging Face's ``text_config``, with Llama's defaults.
@@ -46,8 +63,15 @@ class DecoderConfig:
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        if rope["rope_type"] not in {"default", "linear", "llama3"}:
-            raise InputError(f"config.json: rope_type {rope['rope_type']!r}; supported are default, linear and llama3")
+        if rope["rope_type"] not in list(ROPE):
+            raise InputError(f"config.json: rope_type {rope['rope_type']!r}; supported are {', '.join(ROPE)}")
+        wanted = ("rope_theta", *ROPE[rope["rope_type"]])
+        if rope.keys() - {"rope_type"} != set(wanted) or not all(
+            type(rope[n]) in {int, float} and 0 < rope[n] < LARGEST_NUMBER for n in wanted
+        ):
+            raise InputError(
+                f"config.json: rope_parameters {rope}; a {rope['rope_type']} one has positive numbers {', '.join(wanted)}"
+            )
         return cls(
             vocab_size=config.get("vocab_size", 32000),
             hidden_size=width,
@@ -55,7 +79,7 @@ class DecoderConfig:
             num_layers=config.get("num_hidden_layers", 32),
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or width // heads,
+            head_dim=config.get("head_dim") or width // max(heads, 1),
             hidden_act=config.get("hidden_act", "silu"),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope=tuple(sorted(rope.items())),
@@ -132,9 +156,7 @@ class Block(nn.Module):
         h = RMSNorm(c.rms_norm_eps, name="norm_attn")(x)
         q_width, kv_width = c.layer_columns["qkv"][:2]
         qkv = Linear(q_width + 2 * kv_width, use_bias=c.attention_bias, name="qkv")(h, text)
-        q, k, v = (
-            a.reshape(*a.shape[:2], -1, c.head_dim) for a in jnp.split(qkv, [q_width, q_width + kv_width], axis=-1)
-        )
+        q, k, v = (a.reshape(*a.shape[:2], -1, c.head_dim) for a in jnp.split(qkv, [q_width, q_width + kv_width], axis=-1))
         frequencies = jnp.asarray(c.frequencies)
         q, k = (rotate(a, context.positions, frequencies, 1.0) for a in (q, k))
         if cache is not None:

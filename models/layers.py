@@ -33,6 +33,61 @@ def activation(name: str) -> Callable[[Array], Array]:
     return ACTIVATIONS[name]
 
 
+LARGEST = 1 << 24  # of any size in a config.json; the largest vocabularies have 2^18
+DEEPEST = 1 << 10  # of any number of layers
+LARGEST_NUMBER = 1 << 31  # of any epsilon or rotary base
+
+# a JSON string is true, and JSON has one kind of number: what is read is checked for its type
+FIELDS: dict[str, tuple[type, ...]] = {
+    "model_type": (str,),
+    "hidden_act": (str,),
+    "projector_hidden_act": (str,),
+    "vision_feature_select_strategy": (str,),
+    "attention_bias": (bool,),
+    "mlp_bias": (bool,),
+    "multimodal_projector_bias": (bool,),
+    "tie_word_embeddings": (bool,),
+    "image_token_id": (int,),
+    "image_token_index": (int,),
+    "hidden_size": (int,),
+    "num_attention_heads": (int,),
+    "rms_norm_eps": (float, int),
+    "layer_norm_eps": (float, int),
+    "rope_theta": (float, int),
+    "rope_parameters": (dict,),
+    "rope_scaling": (dict,),
+}
+NULLABLE = {"rope_parameters", "rope_scaling", "tie_word_embeddings"}
+
+
+def check_sizes(part: str, **sizes: Any) -> None:
+    """Check the sizes of a config.
+
+    Raises:
+      InputError: a size that is not a positive integer below 2^24; 2^10 layers or more.
+    """
+    for name, size in sizes.items():
+        limit = DEEPEST if name == "num_layers" else LARGEST
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < limit:
+            raise InputError(f"config.json: {part} has {name}={size!r}; expected a positive integer below {limit}")
+
+
+def check_types(part: str, config: Any) -> None:
+    """Check the types of a config's fields.
+
+    Raises:
+      InputError: no object; a field of another type; a number that is negative, not finite or 2^31 or more.
+    """
+    if not isinstance(config, dict):
+        raise InputError(f"config.json: {part} is a {type(config).__name__}; expected an object")
+    for name in FIELDS.keys() & config.keys():
+        value, kinds = config[name], FIELDS[name]
+        if value is None and name in NULLABLE:
+            continue
+        if type(value) not in kinds or (float in kinds and not 0 <= value < LARGEST_NUMBER):
+            raise InputError(f"config.json: {part} has {name}={value!r}; expected {kinds[0].__name__}")
+
+
 class Linear(nn.Module):
     """``x W + b``; the kernel may be an array or a typed (quantized) leaf, and is then not checked for its shape.
 

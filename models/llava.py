@@ -1,17 +1,30 @@
 """LLaVA (arXiv 2304.08485), as Hugging Face's ``LlavaForConditionalGeneration``: vision tower, two-layer projector, Llama decoder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
 from splitq_jax.models.decoder import Block, Context, Decoder, DecoderConfig, causal_mask
-from splitq_jax.models.layers import Linear, activation
+from splitq_jax.models.layers import LARGEST, Linear, activation, check_types
 from splitq_jax.models.vision import VisionConfig, VisionTower
+
+MAX_IMAGE_TOKENS = 1 << 16
+# LLaVA's tower where config.json names none
+CLIP_L_336 = {
+    "hidden_size": 1024,
+    "image_size": 336,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "patch_size": 14,
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,12 @@ class LlavaConfig:
     projector_bias: bool
     tied: bool
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.image_token_id < LARGEST:
+            raise InputError(f"config.json: image_token_id {self.image_token_id}; expected 0 to {LARGEST - 1}")
+        if not 0 < self.tokens_per_image <= MAX_IMAGE_TOKENS:
+            raise InputError(f"config.json: an image takes {self.tokens_per_image} tokens; expected 1 to {MAX_IMAGE_TOKENS}")
+
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "LlavaConfig":
         """Read ``config.json``.
@@ -36,7 +55,11 @@ class LlavaConfig:
         """
         if config.get("model_type") != "llava":
             raise InputError(f"config.json: model_type {config.get('model_type')!r}; expected llava")
-        text_config = config.get("text_config", {})
+        text_config, vision_config = config.get("text_config"), config.get("vision_config")
+        text_config = {} if text_config is None else text_config
+        vision_config = CLIP_L_336 if vision_config is None else vision_config
+        for part, fields in (("top level", config), ("text_config", text_config), ("vision_config", vision_config)):
+            check_types(part, fields)
         layer = config.get("vision_feature_layer", -2)
         strategy = config.get("vision_feature_select_strategy", "default")
         if strategy not in {"default", "full"}:
@@ -45,11 +68,15 @@ class LlavaConfig:
         image_token = config.get("image_token_id", config.get("image_token_index", 32000))
         # weight tying follows the top level; where it is silent or false, the text config's flag
         tied = bool(config.get("tie_word_embeddings") or text_config.get("tie_word_embeddings", False))
+        vision = VisionConfig.from_hf(vision_config)
+        layers = tuple(layer) if isinstance(layer, list | tuple) else (layer,)
+        if not layers or not all(type(i) is int and -vision.num_layers - 1 <= i <= vision.num_layers for i in layers):
+            raise InputError(f"config.json: vision_feature_layer {layer!r}; the vision tower has layers 0 to {vision.num_layers}")
         return cls(
-            vision=VisionConfig.from_hf(config.get("vision_config", {})),
+            vision=vision,
             text=DecoderConfig.from_hf(text_config),
             image_token_id=image_token,
-            vision_feature_layer=(layer,) if isinstance(layer, int) else tuple(layer),
+            vision_feature_layer=layers,
             vision_feature_select_strategy=strategy,
             projector_hidden_act=config.get("projector_hidden_act", "gelu"),
             projector_bias=config.get("multimodal_projector_bias", True),
@@ -103,6 +130,43 @@ class Llava(nn.Module):
         """Return the decoder block's module, to be applied to one block's parameters."""
         return Block(self.config.text, parent=None)
 
+    @nn.nowrap
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Check a batch of host arrays before it is traced.
+
+        Raises:
+          InputError: arrays of another type or shape; token ids outside the vocabulary; pixel values that are not finite or of another
+            size; another number of image placeholders than of image features; an image whose placeholders are not all in one sample.
+        """
+        c = self.config
+        ids = np.asarray(batch.get("input_ids", ()))
+        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(f"input_ids: {ids.dtype}{list(ids.shape)}; expected integers (samples, length)")
+        for name in ("attention_mask", "positions", "segments"):
+            if batch.get(name) is not None and np.shape(batch[name]) != ids.shape:
+                raise InputError(f"{name}: shape {np.shape(batch[name])}; expected that of input_ids, {ids.shape}")
+        image = ids == c.image_token_id
+        outside = ids[~image & ((ids < 0) | (ids >= c.text.vocab_size))]
+        if outside.size:
+            raise InputError(f"input_ids: token id {outside[0]}; the vocabulary has {c.text.vocab_size}")
+        pixels = batch.get("pixel_values")
+        if pixels is not None:
+            size = (c.vision.num_channels, c.vision.image_size, c.vision.image_size)
+            pixels = np.asarray(pixels)
+            if pixels.ndim != 4 or pixels.shape[1:] != size:
+                raise InputError(f"pixel_values: shape {pixels.shape}; expected (images, {', '.join(map(str, size))})")
+            if not jnp.issubdtype(pixels.dtype, jnp.floating):
+                raise InputError(f"pixel_values: {pixels.dtype}; expected the floats that the image processor makes")
+            if not np.isfinite(pixels).all():
+                raise InputError("pixel_values: not finite; check the images")
+        count = 0 if pixels is None else len(pixels)
+        placed = image.sum(axis=1)
+        if placed.sum() != count * c.tokens_per_image or (placed % c.tokens_per_image).any():
+            found = ", ".join(map(str, placed[:8]))
+            raise InputError(
+                f"input_ids: {found} image placeholders a sample with {count} images in all; an image takes {c.tokens_per_image}"
+            )
+
     def features(self, pixel_values: Float[Array, "N C H W"]) -> Float[Array, "N T D"]:
         """Return the projected image tokens."""
         states = self.vision(pixel_values)
@@ -133,7 +197,7 @@ class Llava(nn.Module):
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
         x = self.decoder.embed(jnp.where(is_image, 0, ids))
-        if pixel_values is not None:
+        if pixel_values is not None and len(pixel_values):
             features = self.features(jnp.asarray(pixel_values))
             flat = features.reshape(-1, features.shape[-1]).astype(x.dtype)
             slot = jnp.cumsum(is_image.reshape(-1).astype(jnp.int32)) - 1
@@ -141,6 +205,11 @@ class Llava(nn.Module):
             x = jnp.where(is_image[..., None], placed, x)
         context = Context(jnp.asarray(positions), causal_mask(valid, segments), valid & ~is_image, valid)
         return Hidden(x, context)
+
+    def embed_text(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Embed tokens of the vocabulary; a placeholder that the model wrote itself is no image."""
+        x: Float[Array, "B L D"] = self.decoder.embed(jnp.asarray(input_ids))
+        return x
 
     def unembed(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return the logits of hidden states after the last block."""

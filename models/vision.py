@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from splitq_jax.errors import InputError
-from splitq_jax.models.layers import LayerNorm, Linear, activation, attend
+from splitq_jax.models.layers import LayerNorm, Linear, activation, attend, check_sizes
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,14 @@ class VisionConfig:
     hidden_act: str
     layer_norm_eps: float
     num_channels: int = 3
+
+    def __post_init__(self) -> None:
+        names = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_channels")
+        check_sizes("vision_config", **{name: getattr(self, name) for name in names})
+        if self.hidden_size % self.num_heads:
+            raise InputError(f"config.json: vision hidden_size {self.hidden_size} is no multiple of its {self.num_heads} heads")
+        if self.patch_size > self.image_size:
+            raise InputError(f"config.json: vision patch_size {self.patch_size} is larger than image_size {self.image_size}")
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "VisionConfig":

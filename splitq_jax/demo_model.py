@@ -45,7 +45,9 @@ class Asset:
         with resources.as_file(folder / self.name) as path:
             if not path.exists():
                 shipped = ", ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "nothing"
-                raise InputError(f"demo model {self.size}, seed {self.seed}: not shipped (there is {shipped}); train it with splitq_jax.demo_training")
+                raise InputError(
+                    f"demo model {self.size}, seed {self.seed}: not shipped (there is {shipped}); train it with splitq_jax.demo_training"
+                )
             return nested(load_file(path))
 
 

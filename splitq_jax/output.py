@@ -1,0 +1,44 @@
+"""What commands write and show: a folder that appears whole or not at all, and the progress bar."""
+
+import contextlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from splitq_jax.errors import InputError
+
+WRITTEN_BY_US = ("manifest.json", "params/manifest.json", "report.json")  # one of these marks a folder that may be replaced
+
+
+def progress_bar(console: Console | None = None) -> Progress:
+    """Return the bar that all commands show."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+
+
+@contextlib.contextmanager
+def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a hidden folder beside ``out`` that takes its place when all went well, and vanishes otherwise.
+
+    Raises:
+      InputError: ``out`` exists, without ``overwrite`` or without being an output of these commands.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise InputError(f"--out {out}: exists; give another folder or --overwrite")
+        if not any((out / name).is_file() for name in WRITTEN_BY_US):
+            raise InputError(f"--out {out}: exists and was not written by splitq, so it is left alone; give another folder")
+    draft = out.resolve().with_name(f".{out.resolve().name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if out.exists():
+            shutil.rmtree(out)
+        draft.rename(out.resolve())
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

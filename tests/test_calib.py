@@ -1,0 +1,279 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import batches, model_and_params
+
+import splitq_jax as sq
+from splitq_jax import calib, recipes
+from splitq_jax.calib.jsonl import Jsonl
+from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
+from splitq_jax.calib.run import Run, fingerprint
+from splitq_jax.errors import InputError
+from splitq_jax.linear import linear
+from splitq_jax.mocd import FIRST, TEXT, VISION, SplitSize, select
+from splitq_jax.quantization import freeze, kernels, prepare
+
+SPLIT = SplitSize(rate=0.06, align=2)
+SHORT = FitConfig(steps=6, batch=8)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return model_and_params()
+
+
+@pytest.fixture(scope="module")
+def stats(tiny):
+    return calib.collect(*tiny, batches(4), SPLIT, gram=True)
+
+
+def recipe_of(method, scheme="w4a4", **changes):
+    return recipes.named(method, scheme).replace(split=SPLIT, **changes)
+
+
+def logits(model, params, batch):
+    return np.asarray(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, batch))[batch["attention_mask"]]
+
+
+def intermediates(model, params, batch):
+    """Return what the layers read, and the embedded tokens."""
+
+    @jax.jit
+    def run(p, b):
+        _, state = model.apply({"params": p}, **b, mutable=["inputs"])
+        return state, model.apply({"params": p}, **b, method="embed")
+
+    return run(params, batch)
+
+
+def assert_equal_stats(a, b, exact):
+    assert a.keys() == b.keys()
+    for path in a:
+        compare = np.testing.assert_array_equal if exact else lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5)
+        compare(a[path].absmax, b[path].absmax)
+        np.testing.assert_array_equal(a[path].count, b[path].count)
+        for chosen, other in zip(select(a[path], "mocd", 3, 0), select(b[path], "mocd", 3, 0), strict=True):
+            np.testing.assert_array_equal(chosen, other)
+        if exact:
+            np.testing.assert_array_equal(a[path].ranks, b[path].ranks)
+        else:  # a rank on a bin's edge may fall either way
+            assert np.abs(np.asarray(a[path].ranks) - np.asarray(b[path].ranks)).sum() <= 4
+
+
+def test_statistics_are_numpys(tiny, stats):
+    model, params = tiny
+    batch = {k: np.concatenate([b[k] for b in batches(4)]) for k in batches(1)[0]}
+    state, hidden = intermediates(model, params, batch)
+    text, valid = np.asarray(hidden.context.is_text), np.asarray(hidden.context.valid)
+    first = text & (np.arange(text.shape[1]) == 0)
+    for block in ("blocks_0", "blocks_1"):
+        for site in ("qkv", "o", "gate_up", "down"):
+            x = np.asarray(state["inputs"]["decoder"][block][site]["kernel"][0])
+            s = stats[f"decoder/{block}/{site}"]
+            for kind, mask in ((VISION, valid & ~text), (TEXT, text & ~first), (FIRST, first)):
+                np.testing.assert_allclose(s.absmax[kind], np.abs(x[mask]).max(0), rtol=1e-5)
+                np.testing.assert_allclose(s.abs_sum[kind], np.abs(x[mask]).sum(0), rtol=1e-4)
+                assert s.count[kind] == mask.sum()
+            np.testing.assert_allclose(s.gram, x[valid].T @ x[valid], rtol=1e-3, atol=1e-2)
+            k = SPLIT.channels(x.shape[-1])
+            vision = np.sort(np.argsort(-np.abs(x[valid & ~text]).max(0), kind="stable")[:k])
+            np.testing.assert_array_equal(s.vision_channels, vision)
+            assert np.asarray(s.ranks).sum() == int((text & ~first).sum()) * (x.shape[-1] - k)
+
+
+def test_statistics_do_not_depend_on_the_order(tiny, stats):
+    model, params = tiny
+    assert_equal_stats(stats, calib.collect(model, params, batches(4)[::-1], SPLIT, gram=True), exact=True)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_statistics_do_not_depend_on_the_sharding(devices, tiny, stats):
+    model, params = tiny
+    mesh = calib.data_mesh(jax.devices()[:devices])
+    merged = [{k: np.concatenate([b[k] for b in batches(4)]) for k in batches(1)[0]}]
+    assert_equal_stats(stats, calib.collect(model, params, merged, SPLIT, mesh=mesh), exact=False)
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae", "balanced", "token"])
+def test_one_and_eight_devices_train_alike(loss, tiny, stats):
+    model, params = tiny
+    recipe = recipe_of("splitq", gate_start=0.5)
+    config = dataclasses.replace(SHORT, loss=loss)
+    trained = []
+    for devices in (1, 8):
+        mesh = calib.data_mesh(jax.devices()[:devices])
+        out, errors = calib.fit(model, params, prepare(params, stats, recipe), batches(4), config, mesh=mesh)
+        trained.append((out, errors))
+    for a, b in zip(*(jax.tree.leaves(t) for t, _ in trained), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+    for one, eight in zip(trained[0][1], trained[1][1], strict=True):
+        assert one.path == eight.path
+        np.testing.assert_allclose((one.before, one.after), (eight.before, eight.after), rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["splitq", "flatquant", "random-channels", "splitq-fixed", "smoothquant", "quarot"])
+def test_sixteen_bits_are_the_float_model(method, tiny, stats):
+    """Every transform, split and branch is an identity, at the start and after training."""
+    model, params = tiny
+    recipe = recipe_of(method, "w16a16").replace(**({"gate_start": 0.7} if method == "splitq" else {}))
+    prepared = prepare(params, stats, recipe)
+    if recipe.train:
+        prepared, _ = calib.fit(model, params, prepared, batches(2), FitConfig(steps=2, transform_rate=0.05))
+    batch = batches(1, seed=7)[0]
+    reference = logits(model, params, batch)
+    for tree in (prepared, freeze(prepared, recipe)):
+        np.testing.assert_allclose(logits(model, tree, batch), reference, atol=1e-4 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("scheme", ["w4a8", "w4a4", "w3a2", "w4a16"])
+def test_frozen_codes_are_what_was_trained(scheme, tiny, stats):
+    model, params = tiny
+    recipe = recipe_of("splitq", scheme, gate_start=0.5)
+    prepared, _ = calib.fit(model, params, prepare(params, stats, recipe), batches(2), SHORT)
+    batch = batches(1, seed=7)[0]
+    trained, frozen = logits(model, prepared, batch), logits(model, freeze(prepared, recipe), batch)
+    # a code on the edge between two may fall either way: compare in the mean
+    assert np.mean((trained - frozen) ** 2) < 1e-4 * np.mean(trained**2)
+
+
+def test_training_lowers_the_held_out_error(tiny, stats):
+    model, params = tiny
+    after = {}
+    for method in ("flatquant", "splitq"):
+        recipe = recipe_of(method)
+        config = FitConfig(epochs=10, batch=4)
+        _, errors = calib.fit(model, params, prepare(params, stats, recipe), batches(8), config, held_out=batches(2, seed=9))
+        assert all(e.after < 0.9 * e.before for e in errors), errors
+        after[method] = np.mean([e.after for e in errors])
+    assert after["splitq"] < after["flatquant"]
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tiny, stats, tmp_path):
+    model, params = tiny
+    recipe = recipe_of("splitq")
+    prepared = prepare(params, stats, recipe)
+    whole, errors = calib.fit(model, params, prepared, batches(2), SHORT)
+    key = fingerprint(params, recipe, SHORT)
+    first = Run(tmp_path, key)
+    saved = first.save
+
+    def interrupt(block, *rest):
+        saved(block, *rest)
+        raise KeyboardInterrupt
+
+    first.save = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        calib.fit(model, params, prepared, batches(2), SHORT, run=first)
+    first.close()
+    assert (tmp_path / "block_000.safetensors").is_file() and not (tmp_path / "block_001.safetensors").exists()
+    second = Run(tmp_path, key)
+    resumed, again = calib.fit(model, params, prepared, batches(2), SHORT, run=second)
+    second.close()
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    assert errors == again
+
+
+def test_other_runs_are_kept_apart(tiny, tmp_path):
+    key = fingerprint({"a": np.ones(3)}, "recipe")
+    assert key != fingerprint({"a": np.full(3, 1 + 1e-7)}, "recipe") and key != fingerprint({"a": np.ones(3)}, "other")
+    run = Run(tmp_path, key)
+    run.save(0, {"x": np.arange(3.0)}, (1.0, 0.5))
+    run.close()
+    with pytest.raises(InputError, match="fingerprint"):
+        Run(tmp_path, fingerprint("something else"))
+    file = tmp_path / "block_000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    again = Run(tmp_path, key)
+    with pytest.raises(InputError, match="block_000"):
+        again.load(0, {"x": np.arange(3.0)})
+    again.close()
+    (tmp_path / "writer.pid").write_text("1")  # a process that lives
+    with pytest.raises(InputError, match="process 1 writes"):
+        Run(tmp_path, key)
+
+
+def test_site_errors_are_numpys(tiny, stats):
+    model, params = tiny
+    quantized = sq.quantize(params, stats, recipe_of("splitq", gate_start=0.5))
+    found = calib.site_errors(model, params, quantized, batches(2))
+    batch = {k: np.concatenate([b[k] for b in batches(2)]) for k in batches(1)[0]}
+    state, hidden = intermediates(model, params, batch)
+    valid, path = np.asarray(hidden.context.valid), "decoder/blocks_1/down"
+    x = state["inputs"]["decoder"]["blocks_1"]["down"]["kernel"][0]
+    exact = np.asarray(x @ kernels(params)[path])[valid]
+    y = np.asarray(linear(x, kernels(quantized)[path], hidden.context.is_text))[valid]
+    np.testing.assert_allclose(found[path], ((exact - y) ** 2).sum() / (exact**2).sum(), rtol=1e-3)
+    assert found.keys() == stats.keys()
+
+
+def test_the_vision_tower_too(tiny):
+    model, params = tiny
+    recipe = recipe_of("splitq", vision="w4a4")
+    stats = calib.collect(model, params, batches(2), SPLIT, vision_tower=True)
+    quantized = sq.quantize(params, stats, recipe)
+    assert {s.path for s in sq.summarize(quantized)} == set(stats)
+    assert "vision/blocks_0/fc1" in stats
+    batch = batches(1, seed=3)[0]
+    assert np.isfinite(logits(model, quantized, batch)).all()
+
+
+def without_images(batch):
+    ids = np.where(batch["input_ids"] == 90, 1, batch["input_ids"])
+    return {"input_ids": ids, "attention_mask": batch["attention_mask"]}
+
+
+def test_sets_that_are_refused(tiny):
+    model, params = tiny
+    with pytest.raises(InputError, match="empty"):
+        calib.collect(model, params, [], SPLIT)
+    with pytest.raises(InputError, match="0 vision tokens"):
+        calib.collect(model, params, [without_images(b) for b in batches(2)], SPLIT)
+    with pytest.raises(InputError, match="not finite"):
+        calib.collect(model, params, [b | {"pixel_values": b["pixel_values"] * np.nan} for b in batches(1)], SPLIT)
+    damaged = jax.tree_util.tree_map_with_path(
+        lambda p, x: np.full(x.shape, np.nan, np.float32) if p[-2].key == "o" and p[0].key == "decoder" else x, params
+    )
+    with pytest.raises(InputError, match=r"decoder/blocks_0/down: activations are not finite"):
+        calib.collect(model, damaged, batches(1), SPLIT)
+    with pytest.raises(InputError, match="placeholders"):
+        calib.collect(model, params, [b | {"pixel_values": b["pixel_values"][:1]} for b in batches(1)], SPLIT)
+    with pytest.raises(InputError, match="no main group"):
+        calib.collect(model, params, batches(1), SplitSize(rate=0.5, align=1))
+    with pytest.raises(InputError, match="lengths"):
+        calib.fit(model, params, params, batches(1) + batches(1, length=16), SHORT)
+
+
+def test_settings_that_are_refused():
+    for changes in ({"loss": "huber"}, {"steps": 0}, {"epochs": 0}, {"batch": -1}):
+        with pytest.raises(InputError):
+            FitConfig(**changes)
+    assert EFFORTS["full"].steps is None
+
+
+def test_questions_of_ones_own(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    good = {"image": "a.png", "question": "What?", "answer": "A square"}
+    file = tmp_path / "set.jsonl"
+    file.write_text(json.dumps(good) + "\n\n" + json.dumps(good) + "\n")
+    data = Jsonl(file)
+    assert data.count("train") == 2
+    assert [r["image_id"] for r in data.records("train")] == [1, 3]
+    assert data.records("train", [1])[0]["image"] == tmp_path / "a.png"
+    for line, message in (
+        ("", "empty"),
+        ("{", "line 1: not JSON"),
+        ("[]", "line 1: a JSON list"),
+        (json.dumps({"question": "What?", "answer": "x"}), "line 1: image is None.*needs an image"),
+        (json.dumps(good | {"answer": " "}), "line 1: answer"),
+        (json.dumps(good | {"image": "b.png"}), "line 1: image 'b.png' is no file"),
+        (json.dumps(good | {"image": "https://x.org/a.png"}), "line 1: image"),
+    ):
+        file.write_text(line)
+        with pytest.raises(InputError, match=message):
+            Jsonl(file)
+    with pytest.raises(InputError, match="cannot be read"):
+        Jsonl(tmp_path / "none.jsonl")
