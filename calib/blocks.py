@@ -5,7 +5,7 @@ Only one block's inputs and outputs are held at a time, on the host, so memory d
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -87,6 +87,7 @@ def place(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, P("data")))
 
 
+@cache
 def forward(model: Any, mesh: Mesh) -> Callable[[Params, Sequence[Hidden]], list[Hidden]]:
     """Return a function that maps hidden batches through one block, given the block's parameters."""
     block = model.block()

@@ -6,13 +6,14 @@ value. Samples are shared over the ``data`` axis; the gradient is the mean over 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from rich.progress import Progress
@@ -133,7 +134,8 @@ def fit(
         (y,) = advance(teacher, [data])
         (y_test,) = advance(teacher, [test]) if test is not None else (None,)
         probe, probe_y = (data, y) if test is None or y_test is None else (test, y_test)
-        theta = {name: learnable(site) for name, site in sites.items()}
+        # on the mesh from the start: arrays placed otherwise would be compiled for apart
+        student, theta = jax.device_put((student, {n: learnable(site) for n, site in sites.items()}), NamedSharding(mesh, P()))
         kept = None if run is None else run.load(i, theta)
         if kept is not None:
             theta, error = kept[0], BlockError(block_name(i), *kept[1])
@@ -142,7 +144,7 @@ def fit(
             error = BlockError(block_name(i), before, before)
         else:
             before = measure(student, theta, probe, probe_y)
-            state = optimizer.init(theta)
+            state = jax.device_put(optimizer.init(theta), NamedSharding(mesh, P()))
             for order in orders:
                 part, target = pad_rows(take(data, order), mesh.size), pad_rows(take(y, order), mesh.size)
                 placed = place(mesh, (part.x, target.x, part.context))
@@ -189,6 +191,7 @@ def token_weights(loss: Loss, x: Float[Array, "B L D"], y: Float[Array, "B L D"]
     return valid[..., None]
 
 
+@cache  # what is compiled for one recipe serves all schemes and seeds
 def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple[Any, Any, Callable[..., float]]:
     block = model.block()
     steps = len(_orders(samples, config))

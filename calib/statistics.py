@@ -5,6 +5,7 @@ are the same under any order and any sharding of the samples.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import jax
@@ -134,6 +135,7 @@ def _add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.nda
     return {k: np.maximum(a[k], b[k]) if k == "absmax" else a[k] + b[k] for k in a}
 
 
+@cache
 def _passes(model: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, Any]:
     block = model.block()
 

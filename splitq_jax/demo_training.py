@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.numpy import load_file, save_file
@@ -85,6 +87,11 @@ def progress_bar() -> Progress:
     )
 
 
+def over_devices(batch: Any) -> Any:
+    """Share a batch over all devices; parameters are copied to each, and `jax.jit` adds the mean over them."""
+    return jax.device_put(batch, NamedSharding(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)), P("data")))
+
+
 class Encoder(nn.Module):
     """The image encoder with heads for shape and colour on the mean patch token."""
 
@@ -145,7 +152,7 @@ def train_encoder(config: LlavaConfig, records: list[dict[str, Any]], steps: int
         rng = np.random.default_rng((seed, i))
         rows = rng.integers(len(pixels), size=ENCODER_BATCH)
         x = augment(pixels[rows], rng)
-        params, state, value = step(params, state, x, target[rows])
+        params, state, value = step(params, state, *over_devices((x, target[rows])))
         bar.update(task, advance=1, loss=f"loss {float(value):.3f}")
         if (i + 1) % CHECKPOINT == 0 or i + 1 == steps:
             checkpoint.save(i + 1, (params, state))
@@ -236,7 +243,7 @@ def train_decoder(
         at = answer_positions(part, width)
         target = np.take_along_axis(part["targets"], at, axis=1)
         inputs = {k: v for k, v in part.items() if k not in {"targets", "question"}}
-        learned, state, value = step(learned, state, frozen, inputs, at, target)
+        learned, state, value = step(learned, state, frozen, *over_devices((inputs, at, target)))
         average = float(value) if i == start else 0.95 * average + 0.05 * float(value)
         bar.update(task, advance=1, loss=f"loss {average:.3f}")
         if (i + 1) % CHECKPOINT == 0 or i + 1 == steps:

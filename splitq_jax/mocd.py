@@ -6,6 +6,7 @@ clustering is the *optimal* one (dynamic programming over the histogram's bins),
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 import jax
@@ -96,6 +97,7 @@ def rank_histogram(ranks: Float[Array, "T D"], counted: Bool[Array, " T"], bins:
     return jnp.zeros((ranks.shape[1], bins), jnp.int32).at[channel[None, :], bin_of].add(counted.astype(jnp.int32)[:, None])
 
 
+@partial(jax.jit, static_argnames="clusters")
 def instability(ranks: Int[Array, "D B"], clusters: int) -> Float[Array, " D"]:
     """Return ``s_t(c) = mean_i (r_ic - mu_{c, z_ic})^2`` under the optimal 1-D k-means of each channel's ranks (eq. 5).
 

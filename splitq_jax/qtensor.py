@@ -1,5 +1,7 @@
 """`QTensor`: a matrix held as packed integer codes and scales."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -41,6 +43,7 @@ class QTensor:
         return self.codes().astype(self.scale.dtype) * self.scale
 
 
+@partial(jax.jit, static_argnames=("bits", "axis"))
 def quantize_matrix(w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 N"] | None = None, axis: int = 0) -> QTensor:
     """Round a matrix to nearest, one scale for all entries along ``axis`` (0: per column, 1: per row)."""
     if bits >= FLOAT_BITS:

@@ -133,8 +133,8 @@ def prepare_site(
         groups.append(
             LearnedGroup(
                 start_transform(recipe, x_max, rows, seed),
-                jnp.full((2, w.shape[1]), CLIP_START) if recipe.clip else None,
-                jnp.full((2,), clip) if recipe.clip else None,
+                jnp.full((2, w.shape[1]), CLIP_START, jnp.float32) if recipe.clip else None,
+                jnp.full((2,), clip, jnp.float32) if recipe.clip else None,
             )
         )
     if recipe.rounding == "gptq" and (stats is None or stats.gram is None):
@@ -185,7 +185,7 @@ def start_branch(
     if rank > min(main.shape[0], narrowest):
         raise InputError(f"{path}: rank {rank} above min(D, N) = {min(main.shape[0], narrowest)}; lower the rank rate")
     u, v = acc.svd_factors(main, rank, per_layer)
-    gate = jnp.full((u.shape[1],), recipe.gate_start if kind == "gated" else 1.0)
+    gate = jnp.full((u.shape[1],), recipe.gate_start if kind == "gated" else 1.0, jnp.float32)
     if kind == "free":
         v = recipe.gate_start * v
     return acc.LowRank(u, v, gate, kind)
