@@ -72,11 +72,12 @@ def prompt(tokenizer: Any, question: str, answer: str, image_token: str) -> Prom
     Raises:
       InputError: the template shows no image or several, or no end of the answer; the answer changes the tokens before it.
     """
-    user = {"role": "user", "content": f"{image_token}\n{question}"}
-    assistant = {"role": "assistant", "content": answer}
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
+    assistant = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     asked = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
     told = tokenizer.apply_chat_template([user, assistant], tokenize=False)
-    before, whole = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (asked, told))
+    begun = bool(tokenizer.bos_token) and asked.startswith(tokenizer.bos_token)  # by the template
+    before, whole = (tokenizer(t, add_special_tokens=not begun)["input_ids"] for t in (asked, told))
     image = tokenizer.convert_tokens_to_ids(image_token)
     if before.count(image) != 1:
         raise InputError(f"chat template: {before.count(image)} image placeholders in {asked!r}, expected one")

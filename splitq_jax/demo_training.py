@@ -89,7 +89,9 @@ def progress_bar() -> Progress:
 
 def over_devices(batch: Any) -> Any:
     """Share a batch over all devices; parameters are copied to each, and `jax.jit` adds the mean over them."""
-    return jax.device_put(batch, NamedSharding(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)), P("data")))
+    return jax.device_put(
+        batch, NamedSharding(jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)), P("data"))
+    )
 
 
 class Encoder(nn.Module):

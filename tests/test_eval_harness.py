@@ -94,7 +94,7 @@ class Tokenizer:
     """A token a character; ``^`` begins, ``@`` is the image, ``$`` ends."""
 
     letters = "abcdefghijklmnop?:^\n@$ "
-    eos_token, eos_token_id = "$", 21
+    eos_token, eos_token_id, bos_token = "$", 21, None
 
     def convert_tokens_to_ids(self, token: str) -> int:
         return self.letters.index(token)
@@ -103,7 +103,8 @@ class Tokenizer:
         return {"input_ids": [self.letters.index(c) for c in text]}
 
     def apply_chat_template(self, messages: Any, tokenize: bool, add_generation_prompt: bool = False) -> str:
-        text = "".join(f"^{'ab'[m['role'] == 'assistant']}:{m['content']}$\n" for m in messages)
+        shown = lambda m: "".join("@\n" if c["type"] == "image" else c["text"] for c in m["content"])  # noqa: E731
+        text = "".join(f"^{'ab'[m['role'] == 'assistant']}:{shown(m)}$\n" for m in messages)
         return text + "^b:" * add_generation_prompt
 
 

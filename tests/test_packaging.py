@@ -23,7 +23,7 @@ def code_folders() -> set[str]:
     found = set()
     for file in ROOT.glob("*/**/*.py"):
         parts = file.relative_to(ROOT).parts[:-1]
-        hidden = parts[0].startswith(".") or parts[0] in ("tests", "build", "dist", "tools", "evidence")
+        hidden = parts[0].startswith(".") or parts[0] in ("tests", "build", "dist", "benchmarks")
         linked = any(ROOT.joinpath(*parts[: i + 1]).is_symlink() for i in range(len(parts)))
         if not hidden and not linked and "site-packages" not in parts:
             found.add("/".join(parts))

@@ -1,0 +1,92 @@
+"""Compares the methods on a demo VLM: ``python benchmarks/methods.py --out benchmarks/results/demo_light.json``.
+
+One row a method, scheme and calibration seed, each written when it is done; started again, it goes on with the rows that are missing.
+Test questions are only reported on; pass ``--split validation`` to choose a setting.
+"""
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from splitq_jax import calib, demo_model, recipe
+from splitq_jax import eval as evaluation
+from splitq_jax.calib.easy_vqa import EasyVqa
+from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
+from splitq_jax.flags import add_fields, given
+from splitq_jax.output import progress_bar
+from splitq_jax.pipeline import Setup, quantized, result_row
+from splitq_jax.recipe import Recipe
+
+METHODS = ("rtn", "smoothquant", "flatquant", "random-channels", "mocd", "mocd-cws", "splitq", "splitq-fixed")
+SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
+RECIPE_FLAGS = ("select", "clusters", "side_bits", "transform", "cws", "mac", "cws_rate", "mac_rate", "mac_tokens", "gate_start")
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written after every row")
+    parser.add_argument("--size", default="demo", choices=list(demo_model.SIZES))
+    parser.add_argument("--model-seed", type=int, default=0)
+    parser.add_argument("--effort", default="light", choices=list(EFFORTS))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=list(recipe.METHODS))
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
+    parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--label", default="", help="added to the method's name where flags change it")
+    add_fields(parser.add_argument_group("recipe"), Recipe, RECIPE_FLAGS)
+    add_fields(parser.add_argument_group("training"), FitConfig, ("steps", "batch", "transform_rate", "clip_rate", "loss"))
+    args = parser.parse_args()
+    console = Console()
+    rows = [evaluation.Row(**r) for r in json.loads(args.out.read_text())["rows"]] if args.out.exists() else []
+    done = {(r.method, r.scheme, r.seed) for r in rows}
+    config = FitConfig(**(vars(EFFORTS[args.effort]) | given(args, FitConfig)))
+    wanted = [
+        recipe.named(method, scheme).replace(seed=seed, **given(args, Recipe))
+        for scheme in args.schemes
+        for seed in args.seeds
+        for method in args.methods
+    ]
+    wanted = [r.replace(method=r.method + args.label) for r in wanted]
+    with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
+        demo_model.build(args.size, Path(folder) / "model", seed=args.model_seed)
+        setup = Setup.open(Path(folder) / "model", EasyVqa(Path(folder) / "data"))
+        questions = setup.questions(args.split, args.limit)
+        reference = evaluation.evaluate(setup.model, setup.params, questions, progress=bar, label="float")
+        if ("float", "float", 0) not in done:
+            rows.append(result_row(reference, setup.params, "float", "float", 0, 0.0))
+        held_out = setup.calibration(32, 0, "validation")
+        for seed in args.seeds:
+            todo = [r for r in wanted if r.seed == seed and (r.method, r.scheme, seed) not in done]
+            if not todo:
+                continue
+            samples = setup.calibration(128, seed)
+            start = time.monotonic()
+            stats = calib.collect(setup.model, setup.params, samples, todo[0].split, progress=bar)
+            collecting = time.monotonic() - start
+            for part in todo:
+                out = quantized(setup, stats, part, config, samples, held_out=held_out, progress=bar)
+                result = evaluation.evaluate(setup.model, out.params, questions, reference, progress=bar, label=part.method)
+                row = result_row(result, out.params, part.method, part.scheme, seed, collecting + out.seconds)
+                rows.append(row)
+                blocks = " ".join(f"{e.after:.3f}" for e in out.errors)
+                console.print(
+                    f"{row.scheme} {row.method} seed {seed}: {100 * row.accuracy:.1f} %, KL {row.kl:.4f}, blocks {blocks}"
+                )
+                facts = {"size": args.size, "effort": args.effort, "training": asdict(config), "split": args.split}
+                facts |= {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps({"facts": facts, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    console.print(evaluation.table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The commands on a tiny random model: each reads a folder, writes a folder, and refuses what it should."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import CONFIG, model_and_params
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+import splitq_jax as sq
+from splitq_jax import models
+from splitq_jax.cli import main
+
+IMAGE, END = 90, 1
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }} : {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}"
+    "{{ c['text'] }}{% endif %} {% endfor %}<end> {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
+)
+PREPROCESSOR = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+SPLIT = ["--split-rate", "0.06", "--split-align", "2"]
+FAST = ["--steps", "2", "--samples", "4", *SPLIT]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, pictures and a set of questions."""
+    root = tmp_path_factory.mktemp("cli")
+    words = ["<unk>", "<end>", ":", "user", "assistant", "what", "is", "this", "red", "blue"]
+    vocabulary = {w: i for i, w in enumerate(words)} | {f"w{i}": i for i in range(len(words), IMAGE)} | {"<image>": IMAGE}
+    base = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=base, unk_token="<unk>", eos_token="<end>", pad_token="<unk>", extra_special_tokens=["<image>"]
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(root / "tokenizer")
+    files = {f.name: f.read_bytes() for f in (root / "tokenizer").iterdir()}
+    files["preprocessor_config.json"] = json.dumps(PREPROCESSOR).encode()
+    models.export(root / "model", CONFIG, model_and_params()[1], files)
+    lines = []
+    for i in range(4):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (9, 9, 3), np.uint8)).save(root / f"{i}.png")
+        lines.append({"image": f"{i}.png", "question": "what is this", "answer": "red" if i % 2 else "blue"})
+    (root / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+def run(*arguments: Any) -> int:
+    return main([str(a) for a in arguments])
+
+
+def test_from_a_folder_to_an_answer(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", home / "set.jsonl"]
+    assert run("convert", home / "model", "--out", home / "flax") == 0
+    assert run("calibrate", home / "flax", "--out", home / "stats", "--samples", 4, *SPLIT, *data) == 0
+    assert run("quantize", home / "flax", "--out", home / "w4a4", "--stats", home / "stats", *FAST, *data) == 0
+    assert "8 layers match decoder/blocks_*/*" in capsys.readouterr().out
+    assert not (home / "w4a4.run").exists()
+    # the same from Hugging Face's folder, with statistics collected on the way: the same codes
+    assert run("quantize", home / "model", "--out", home / "again", *FAST, *data) == 0
+    for a, b in zip(*((sq.restore(home / n / "params")[1]["leaves"]).values() for n in ("w4a4", "again")), strict=True):
+        assert a == b
+    assert run("eval", home / "w4a4", "--reference", home / "model", "--out", home / "report", *data) == 0
+    rows = json.loads((home / "report" / "report.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["float", "splitq"] and rows[1]["kl"] > 0
+    capsys.readouterr()
+    assert run("generate", home / "w4a4", "what is this", "--image", home / "0.png", "--max-new-tokens", 3) == 0
+    assert 0 < len(capsys.readouterr().out.split()) <= 3
+    assert run("inspect", home / "w4a4", "--plots", home / "plots") == 0
+    shown = capsys.readouterr().out
+    assert "decoder/blocks_1/down" in shown and "W4A4" in shown and "44 + 2 + 2" in shown
+    assert len(list((home / "plots").glob("*.svg"))) == 8
+    model, params = models.load(home / "w4a4")  # a quantized folder loads like any other
+    assert model.config.num_layers == 2 and sq.effective_bits(params) > 4
+
+
+REFUSED = {
+    "bits 0": (["quantize", "MODEL", "--out", "OUT", "--scheme", "w0a4"], "w0a4"),
+    "bits 17": (["quantize", "MODEL", "--out", "OUT", "--scheme", "w4a17"], "w4a17"),
+    "no scheme": (["quantize", "MODEL", "--out", "OUT", "--scheme", "int4"], "wXaY"),
+    "K >= D": (["quantize", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "4", "--split-rate", "0.5"], "no main group"),
+    "no such model": (["convert", "NONE", "--out", "OUT"], "config.json"),
+    "rule that matches nothing": (["quantize", "MODEL", "--out", "OUT", "--data", "SET", "--sites", "head/*"], "head/*"),
+    "too many samples": (["calibrate", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "5"], "--samples 5"),
+    "no data set": (["calibrate", "MODEL", "--out", "OUT", "--data", "coco"], "coco"),
+    "text only": (["calibrate", "MODEL", "--out", "OUT", "--data", "TEXT", "--samples", "1"], "needs an image"),
+    "corrupt image": (["calibrate", "MODEL", "--out", "OUT", "--data", "CORRUPT", "--samples", "1"], "corrupt.png"),
+    "a URL": (["generate", "MODEL", "what", "--image", "https://example.org/a.png"], "nothing is fetched"),
+    "not quantized": (["inspect", "FLAX"], "not quantized"),
+    "output is a model": (["convert", "MODEL", "--out", "MODEL", "--overwrite"], "left alone"),
+    "output exists": (["convert", "MODEL", "--out", "FLAX"], "--overwrite"),
+    "no limit": (["eval", "MODEL", "--data", "SET", "--limit", "0"], "--limit 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_leaves_nothing_behind(name: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    shutil.copytree(home / "model", tmp_path / "flax")
+    sample = {"question": "what", "answer": "red"}
+    (tmp_path / "text.jsonl").write_text(json.dumps(sample))
+    (tmp_path / "corrupt.png").write_bytes((home / "0.png").read_bytes()[:60])
+    (tmp_path / "corrupt.jsonl").write_text(json.dumps(sample | {"image": "corrupt.png"}))
+    if name == "not quantized":
+        shutil.rmtree(tmp_path / "flax")
+        assert run("convert", tmp_path / "model", "--out", tmp_path / "flax") == 0
+    places = {"MODEL": "model", "FLAX": "flax", "OUT": "out", "NONE": "none", "TEXT": "text.jsonl", "CORRUPT": "corrupt.jsonl"}
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = REFUSED[name]
+    paths = {k: str(tmp_path / v) for k, v in places.items()} | {"SET": str(home / "set.jsonl")}
+    assert run(*[paths.get(a, a) for a in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unknown_flags_and_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["quantise"], ["convert", "--nonsense"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
