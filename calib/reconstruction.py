@@ -184,7 +184,7 @@ def token_weights(loss: Loss, x: Float[Array, "B L D"], y: Float[Array, "B L D"]
     if loss == "token":
         valid = valid / jnp.maximum(jnp.sum((y - x) ** 2, axis=-1), 1e-12)
     if loss == "balanced":
-        text = valid * context.is_text
+        text = valid * context.is_text.astype(y.dtype)
         vision = valid - text
         counts = jax.lax.psum((jnp.sum(text), jnp.sum(vision)), "data")
         valid = text / jnp.maximum(counts[0], 1) + vision / jnp.maximum(counts[1], 1)

@@ -1,7 +1,8 @@
 """Statistics of every site's input over the calibration set, in two streamed passes a block.
 
-The first finds maxima and with them ``C_v``; the second counts the text tokens' ranks among the other channels. Maxima and counts
-are the same under any order and any sharding of the samples.
+The first finds maxima and with them ``C_v``; the second counts the text tokens' ranks among the other channels. Samples go through
+a block one by one, so that a sample's arithmetic does not depend on its neighbours, and are gathered by maxima, counts and sums in
+float64: the scores are the same under any order and any sharding of the samples.
 """
 
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from splitq_jax.calib.blocks import (
     sharded,
 )
 from splitq_jax.errors import InputError
-from splitq_jax.mocd import FIRST, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
+from splitq_jax.mocd import FIRST, RANK_BINS, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
 
 DEFAULT_SPLIT = SplitSize()
 
@@ -81,7 +82,7 @@ def collect(
             padded = pad_rows(hidden, mesh.size)
             y, part = first_pass(p, place(mesh, padded.x), place(mesh, padded.context))
             outs.append(Hidden(np.asarray(y)[: hidden.x.shape[0]], hidden.context))
-            part = jax.tree.map(np.asarray, part)
+            part = {n: _over_samples(v, hidden.x.shape[0]) for n, v in part.items()}
             sums = part if not sums else {name: _add(sums[name], part[name]) for name in part}
         for name, s in sums.items():
             finite(f"{block_name(i)}/{name}", s["absmax"], "activations")
@@ -96,7 +97,7 @@ def collect(
             ranks = part if not ranks else {n: ranks[n] + part[n] for n in part}
         for n, s in sums.items():
             stats[f"{block_name(i)}/{n}"] = SiteStats(
-                **{k: jnp.asarray(v) for k, v in s.items()},
+                **{k: jnp.asarray(v, jnp.float32) for k, v in s.items()},
                 vision_channels=jnp.asarray(chosen[n], jnp.int32),
                 ranks=jnp.asarray(ranks[n]),
             )
@@ -131,6 +132,12 @@ def text_positions(hidden: Hidden, skip_first: bool, most: int) -> dict[str, np.
     return {"index": index, "real": np.take_along_axis(text, index, axis=1)}
 
 
+def _over_samples(part: dict[str, Array], samples: int) -> dict[str, np.ndarray]:
+    """Gather one site's statistics, one row a sample (``gram``: a device), the padding left out."""
+    rows = {k: np.asarray(v) if k == "gram" else np.asarray(v)[:samples] for k, v in part.items()}
+    return {k: v.max(axis=0) if k == "absmax" else v.sum(axis=0, dtype=np.float64) for k, v in rows.items()}
+
+
 def _add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {k: np.maximum(a[k], b[k]) if k == "absmax" else a[k] + b[k] for k in a}
 
@@ -140,43 +147,46 @@ def _passes(model: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, 
     block = model.block()
 
     def inputs(p: Params, x: Array, context: Any) -> tuple[Array, dict[str, Array]]:
-        y, state = block.apply({"params": p}, x, context, mutable=["inputs"])
-        return y, {name: entry["kernel"][0] for name, entry in state["inputs"].items()}
+        y, state = block.apply({"params": p}, x[None], jax.tree.map(lambda a: a[None], context), mutable=["inputs"])
+        return y[0], {name: entry["kernel"][0][0] for name, entry in state["inputs"].items()}
 
-    def first(p: Params, x: Array, context: Any) -> tuple[Array, dict[str, dict[str, Array]]]:
-        y, sites = inputs(p, x, context)
-        is_first = context.valid & context.is_text & (context.positions == 0) & skip_first
-        classes = {VISION: ~context.is_text, TEXT: context.is_text & ~is_first, FIRST: is_first}
-        masks = jnp.stack([classes[c] & context.valid for c in range(3)])  # 3 B L
-        return y, {name: _sums(v, masks, gram) for name, v in sites.items()}
+    def first(p: Params, xs: Array, contexts: Any) -> tuple[Array, dict[str, dict[str, Array]]]:
+        def one(grams: dict[str, Array], sample: tuple[Array, Any]) -> tuple[dict[str, Array], Any]:
+            x, context = sample
+            y, sites = inputs(p, x, context)
+            is_first = context.valid & context.is_text & (context.positions == 0) & skip_first
+            classes = {VISION: ~context.is_text, TEXT: context.is_text & ~is_first, FIRST: is_first}
+            masks = jnp.stack([classes[c] & context.valid for c in range(3)])  # 3 L
+            live = {n: jnp.where(context.valid[:, None], v, 0) for n, v in sites.items()}
+            grams = {n: g + live[n].T @ live[n] for n, g in grams.items()}
+            return grams, (y, {n: _sums(v, masks) for n, v in sites.items()})
 
-    def second(p: Params, x: Array, context: Any, where: Any, main: dict[str, Array]) -> dict[str, Array]:
-        _, sites = inputs(p, x, context)
-        out = {}
-        for name, v in sites.items():
-            texts = jnp.take_along_axis(v, where["index"][..., None], axis=1).reshape(-1, v.shape[-1])
-            counts = rank_histogram(token_ranks(texts, main[name]), where["real"].reshape(-1))
-            out[name] = jax.lax.psum(counts, "data")
-        return out
+        shapes = jax.eval_shape(lambda: inputs(p, xs[0], jax.tree.map(lambda a: a[0], contexts))[1])
+        start = {n: jnp.zeros((s.shape[-1],) * 2) for n, s in shapes.items()} if gram else {}
+        grams, (y, sums) = jax.lax.scan(one, start, (xs, contexts))
+        return y, {n: s | ({"gram": grams[n][None]} if gram else {}) for n, s in sums.items()}
+
+    def second(p: Params, xs: Array, contexts: Any, where: Any, main: dict[str, Array]) -> dict[str, Array]:
+        def one(totals: dict[str, Array], sample: tuple[Array, Any, Any]) -> tuple[dict[str, Array], None]:
+            x, context, at = sample
+            _, sites = inputs(p, x, context)
+            ranks = {n: token_ranks(v[at["index"]], main[n]) for n, v in sites.items()}
+            return {n: t + rank_histogram(ranks[n], at["real"]) for n, t in totals.items()}, None
+
+        start = {n: jnp.zeros((m.shape[0], RANK_BINS), jnp.int32) for n, m in main.items()}
+        return jax.lax.psum(jax.lax.scan(one, start, (xs, contexts, where))[0], "data")
 
     rows = P("data")
     return (
-        sharded(first, mesh, (P(), rows, rows), (rows, P())),
+        sharded(first, mesh, (P(), rows, rows), (rows, rows)),
         sharded(second, mesh, (P(), rows, rows, rows, P()), P()),
     )
 
 
-def _sums(v: Float[Array, "B L D"], masks: Bool[Array, "3 B L"], gram: bool) -> dict[str, Array]:
-    magnitude = jnp.abs(v)
-    absmax = jnp.stack([jnp.max(jnp.where(m[..., None], magnitude, 0), axis=(0, 1)) for m in masks])
-    sums = {
-        "abs_sum": jnp.stack([jnp.sum(jnp.where(m[..., None], magnitude, 0), axis=(0, 1)) for m in masks]),
-        "count": jnp.sum(masks, axis=(1, 2)).astype(jnp.float32),
-    }
-    if gram:
-        live = jnp.where(jnp.any(masks, axis=0)[..., None], v, 0).reshape(-1, v.shape[-1])
-        sums["gram"] = live.T @ live
-    return {"absmax": jax.lax.pmax(absmax, "data"), **jax.lax.psum(sums, "data")}
+def _sums(v: Float[Array, "L D"], masks: Bool[Array, "3 L"]) -> dict[str, Array]:
+    magnitude = jnp.where(masks[..., None], jnp.abs(v), 0)  # 3 L D
+    count = jnp.sum(masks, axis=1).astype(jnp.float32)
+    return {"absmax": jnp.max(magnitude, axis=1), "abs_sum": jnp.sum(magnitude, axis=1), "count": count}
 
 
 def _vision_stats(model: Any, params: Params, batches: list[Batch]) -> dict[str, SiteStats]:

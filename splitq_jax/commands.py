@@ -265,7 +265,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``splitq generate``."""
     _add_model(parser)
     parser.add_argument("question", help="what to ask")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="an image file; may be given several times")
+    parser.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="a bound on the answer (default: 64)")
     parser.set_defaults(run=generate)
 

@@ -164,13 +164,13 @@ def start_transform(recipe: Recipe, x_absmax: Float[Array, " K"], rows: Float[Ar
         return transforms.IDENTITY
     if recipe.transform == "hadamard":
         n1, n2 = transforms.factors(size)
-        return Transform(None, jnp.asarray(transforms.hadamard(n1)), jnp.asarray(transforms.hadamard(n2)))
+        return Transform(None, jnp.asarray(transforms.hadamard(n1)) if n1 > 1 else None, jnp.asarray(transforms.hadamard(n2)))
     d = transforms.smoothing(x_absmax, jnp.max(jnp.abs(rows), axis=1), *recipe.smooth)
     if recipe.transform == "diag":
         return Transform(d, None, None)
     n1, n2 = (1, size) if recipe.transform == "dense" else transforms.factors(size)
     p1, p2 = transforms.orthogonal(n1, seed), transforms.orthogonal(n2, seed + 1)
-    return Transform(d, jnp.asarray(p1), jnp.asarray(p2))
+    return Transform(d, jnp.asarray(p1) if n1 > 1 else None, jnp.asarray(p2))
 
 
 def start_branch(

@@ -17,7 +17,11 @@ from scipy.linalg import hadamard as sylvester
 
 @struct.dataclass
 class Transform:
-    """``P = diag(d) (p1 (x) p2)``; a part that is None is the identity."""
+    """``P = diag(d) (p1 (x) p2)``; a part that is None is the identity, and ``p1`` is None where ``n1 = 1``.
+
+    A 1 x 1 factor is a scale, which quantization with a scale a token does not see: its gradient is rounding noise, and an optimizer
+    that normalises gradients would walk along it at random.
+    """
 
     d: Float[Array, " K"] | None
     p1: Float[Array, "n1 n1"] | None
@@ -32,10 +36,13 @@ def apply(t: Transform, x: Float[Array, "*B K"]) -> Float[Array, "*B K"]:
     """Return ``X P``."""
     if t.d is not None:
         x = x * t.d.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-    if t.p1 is None or t.p2 is None:
+    if t.p2 is None:
         return x
+    p2 = t.p2.astype(x.dtype)
+    if t.p1 is None:
+        return x @ p2
     v = x.reshape(*x.shape[:-1], t.p1.shape[0], t.p2.shape[0])  # *B n1 n2
-    v = jnp.einsum("...ij,jb->...ib", v, t.p2.astype(x.dtype))
+    v = jnp.einsum("...ij,jb->...ib", v, p2)
     v = jnp.einsum("...ib,ia->...ab", v, t.p1.astype(x.dtype))
     return v.reshape(x.shape)
 
@@ -45,9 +52,12 @@ def apply_inverse(t: Transform, w: Float[Array, "K N"]) -> Float[Array, "K N"]:
     """Return ``P^-1 W``."""
     if t.d is not None:
         w = w / t.d[:, None]
-    if t.p1 is None or t.p2 is None:
+    if t.p2 is None:
         return w
-    q1, q2 = inverse(t.p1), inverse(t.p2)
+    q2 = inverse(t.p2)
+    if t.p1 is None:
+        return q2 @ w
+    q1 = inverse(t.p1)
     v = w.reshape(t.p1.shape[0], t.p2.shape[0], -1)  # n1 n2 N
     v = jnp.einsum("ai,ijn->ajn", q1, v)
     v = jnp.einsum("bj,ajn->abn", q2, v)
