@@ -35,7 +35,7 @@ from splitq_jax.calib.blocks import (
 from splitq_jax.calib.run import Run
 from splitq_jax.errors import InputError
 from splitq_jax.quantization import kernels, replace_kernels
-from splitq_jax.site import TrainableSplit, learnable, with_learnable
+from splitq_jax.site import TrainableSplit, learnable, round_weights, with_learnable
 
 Loss = Literal["mse", "mae", "balanced", "token"]
 
@@ -199,19 +199,28 @@ def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
     def rate(start: float) -> Any:
         return optax.cosine_decay_schedule(start, steps, alpha=config.final)
 
+    def adamw(start: float) -> Any:
+        # one vector for all the small arrays: a fraction of the time to compile
+        return optax.flatten(optax.adamw(rate(start), weight_decay=config.weight_decay))
+
     optimizer = optax.partition(
-        {
-            "transforms": optax.adamw(rate(config.transform_rate), weight_decay=config.weight_decay),
-            "clips": optax.adamw(rate(config.clip_rate), weight_decay=config.weight_decay),
-        },
+        {"transforms": adamw(config.transform_rate), "clips": adamw(config.clip_rate)},
         lambda theta: {n: {k: jax.tree.map(lambda _, k=k: k, v) for k, v in t.items()} for n, t in theta.items()},
     )
 
     def predict(student: Params, theta: Any, x: Array, context: Any) -> Array:
         sites = kernels(student)
-        merged = replace_kernels(student, {n: with_learnable(sites[n], t) for n, t in theta.items()})
-        y: Array = block.apply({"params": merged}, x, context)
-        return y
+        rounded = replace_kernels(student, {n: round_weights(with_learnable(sites[n], t)) for n, t in theta.items()})
+
+        def one(sample: tuple[Array, Any]) -> Array:
+            x, context = jax.tree.map(lambda a: a[None], sample)
+            y: Array = block.apply({"params": rounded}, x, context)[0]
+            return y
+
+        # one by one: a sample's arithmetic then does not depend on how many share its device, and no code on the edge between two
+        # falls otherwise on another mesh
+        predicted: Array = jax.lax.map(one, (x, context))
+        return predicted
 
     def total(theta: Any, student: Params, x: Array, y: Array, context: Any) -> Array:
         error = predict(student, theta, x, context) - y

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.numerics import FLOAT_BITS, encode, scale_of
 from splitq_jax.qtensor import QTensor, integer_dot
-from splitq_jax.site import TrainableSplit, served_by_mac, split, trainable_linear
+from splitq_jax.site import RoundedSplit, TrainableSplit, round_weights, rounded_linear, served_by_mac, split
 from splitq_jax.transforms import Transform, apply
 
 
@@ -92,7 +92,8 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
 
     Args:
       x: tokens.
-      w: a ``(D, N)`` array, a `SplitWeight` (packed codes), a `TrainableSplit` (under calibration) or a `Lora` (fine-tuning).
+      w: a ``(D, N)`` array, a `SplitWeight` (packed codes), a `TrainableSplit` or `RoundedSplit` (under calibration) or a `Lora`
+        (fine-tuning).
       is_text: which tokens are text; only MAC reads it. None: all are.
 
     Raises:
@@ -101,7 +102,9 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
     if isinstance(w, SplitWeight):
         return split_linear(x.astype(jnp.float32), w, is_text).astype(x.dtype)
     if isinstance(w, TrainableSplit):
-        return trainable_linear(x, w, is_text)
+        w = round_weights(w)
+    if isinstance(w, RoundedSplit):
+        return rounded_linear(x, w, is_text)
     if isinstance(w, Lora):
         return x @ w.w + (x @ w.a) @ w.b
     if not hasattr(w, "dtype"):

@@ -21,8 +21,8 @@ from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, logit
 from splitq_jax.qtensor import quantize_matrix
 from splitq_jax.recipe import Recipe
 from splitq_jax.rounding import gptq
-from splitq_jax.site import LearnedGroup, TrainableSplit, branch_factors, clip_factors, main_weight, split
-from splitq_jax.transforms import Transform, apply, apply_inverse
+from splitq_jax.site import LearnedGroup, TrainableSplit, clip_factors, split, unrounded
+from splitq_jax.transforms import Transform, apply
 
 Params = dict[str, Any]
 CLIP_START = 4.0  # logit of the weights' clipping factors, FlatQuant's
@@ -205,12 +205,10 @@ def freeze(params: Params, recipe: Recipe) -> Params:
 def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
     """Round one site."""
     (w_bits, a_bits), (side_w_bits, side_a_bits) = recipe.main_bits, recipe.side
+    weights, cws, mac = unrounded(site)
     groups = []
-    for i, (group, rows, channels) in enumerate(
-        zip(site.groups, split(site.w[site.perm], site.sizes, 0), split(site.perm, site.sizes, 0), strict=True)
-    ):
+    for i, (group, w, channels) in enumerate(zip(site.groups, weights, split(site.perm, site.sizes, 0), strict=True)):
         bits = w_bits if i == 0 else side_w_bits
-        w = main_weight(site, rows) if i == 0 else apply_inverse(group.transform, rows)
         clip = clip_factors(group.w_clip)
         if site.gram is None:
             codes = quantize_matrix(w, bits, clip)
@@ -219,14 +217,13 @@ def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
             codes = gptq(w, apply(group.transform, half.T), bits, clip)
         groups.append(Group(group.transform, clip_factors(group.a_clip), codes, a_bits if i == 0 else side_a_bits))
 
-    def branch(low_rank: acc.LowRank | None) -> Branch | None:
-        if low_rank is None:
+    def branch(factors: tuple[Array, Array] | None) -> Branch | None:
+        if factors is None:
             return None
-        u, v = branch_factors(low_rank, site.groups[0].transform)
-        return Branch(quantize_matrix(u, side_w_bits, axis=0), quantize_matrix(v, side_w_bits, axis=1))
+        return Branch(quantize_matrix(factors[0], side_w_bits, axis=0), quantize_matrix(factors[1], side_w_bits, axis=1))
 
     perm = site.perm if len(site.sizes) > 1 else None
-    return SplitWeight(perm, tuple(groups), branch(site.cws), branch(site.mac), site.mac_tokens, side_a_bits)
+    return SplitWeight(perm, tuple(groups), branch(cws), branch(mac), site.mac_tokens, side_a_bits)
 
 
 def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:

@@ -5,7 +5,7 @@ main, text and vision, each with its own transform, scales and clips: ``Y = sum_
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,28 @@ class TrainableSplit:
     learn_transform: bool = struct.field(pytree_node=False)
 
 
+@struct.dataclass
+class RoundedSplit:
+    """A site with its weights rounded, still floats: computed once a training step and shared by the step's samples.
+
+    Attributes:
+      perm, bits, mac_tokens: `TrainableSplit`'s.
+      transforms: ``P_j`` of each group.
+      a_clips: logits of LAC's two factors of each group, or None.
+      w: ``Q(P_j^-1 W_j)`` of each group (main group: less CWS's product).
+      cws, mac: ``Q(U)`` and ``Q(V)``, or None.
+    """
+
+    perm: Int[Array, " D"]
+    transforms: tuple[Transform, ...]
+    a_clips: tuple[Float[Array, " 2"] | None, ...]
+    w: tuple[Float[Array, "K N"], ...]
+    cws: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
+    mac: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
+    bits: Int[Array, " 4"]
+    mac_tokens: str = struct.field(pytree_node=False)
+
+
 def split(x: Array, sizes: tuple[int, ...], axis: int) -> list[Array]:
     """Cut an axis, already permuted, into its groups."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
@@ -80,43 +102,76 @@ def clip_factors(logits: Array | None) -> Array | None:
     return None if logits is None else jax.nn.sigmoid(logits)
 
 
-def branch_factors(branch: LowRank, transform: Transform) -> tuple[Float[Array, "K r"], Float[Array, "r N"]]:
-    """Return ``U_* = P^-1 u`` and ``V_* = diag(gate) v``, unquantized (eq. 9)."""
-    return apply_inverse(transform, branch.u), branch.gate[:, None] * branch.v
+class Unrounded(NamedTuple):
+    """What of a site is rounded.
+
+    Attributes:
+      w: ``P_j^-1 W_j`` of each group; the main group's is ``W~ - U_s V_s`` (arXiv 2605.19929, eq. 8).
+      cws, mac: ``U_* = P_m^-1 U_r`` and ``V_* = S_r G_* V_r^T`` (eq. 9), or None.
+    """
+
+    w: list[Float[Array, "K N"]]
+    cws: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
+    mac: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
 
 
-def main_weight(site: TrainableSplit, rows: Float[Array, "K N"]) -> Float[Array, "K N"]:
-    """Return what of the main rows is rounded: ``W~ - U_s V_s`` with ``W~ = P^-1 W_m``."""
-    transform = site.groups[0].transform
-    if site.cws is None:
-        return apply_inverse(transform, rows)
-    return apply_inverse(transform, rows - site.cws.u @ (site.cws.gate[:, None] * site.cws.v))
+def unrounded(site: TrainableSplit) -> Unrounded:
+    """Transform a site's weights and the factors of its branches."""
+    main, *side = split(site.w[site.perm], site.sizes, axis=0)
+    branches = [b for b in (site.cws, site.mac) if b is not None]
+    # side by side, so that P_m is inverted once
+    ranks = [b.u.shape[1] for b in branches]
+    columns = jnp.concatenate([main, *[b.u for b in branches]], axis=1)
+    w, *us = split(apply_inverse(site.groups[0].transform, columns), (main.shape[1], *ranks), axis=1)
+    factors = iter((u, b.gate[:, None] * b.v) for u, b in zip(us, branches, strict=True))
+    cws = None if site.cws is None else next(factors)
+    mac = None if site.mac is None else next(factors)
+    if cws is not None:
+        w = w - cws[0] @ cws[1]
+    return Unrounded([w, *(apply_inverse(g.transform, w_j) for g, w_j in zip(site.groups[1:], side, strict=True))], cws, mac)
 
 
-def trainable_linear(x: Float[Array, "*B D"], site: TrainableSplit, is_text: Bool[Array, "*B"] | None) -> Float[Array, "*B N"]:
-    """Multiply with straight-through quantization: the value that the packed codes give, with gradients."""
-    w_bits, a_bits, side_w_bits, side_a_bits = site.bits
-    tokens = split(x[..., site.perm], site.sizes, axis=-1)
-    rows = split(site.w[site.perm], site.sizes, axis=0)
-    y = jnp.zeros((*x.shape[:-1], site.w.shape[1]), x.dtype)
-    for i, (group, x_j, w_j) in enumerate(zip(site.groups, tokens, rows, strict=True)):
+def round_weights(site: TrainableSplit) -> RoundedSplit:
+    """Round a site's weights straight through: all of a training step that does not depend on the tokens."""
+    w_bits, _, side_w_bits, _ = site.bits
+    w, cws, mac = unrounded(site)
+    bits = (w_bits, *[side_w_bits] * (len(w) - 1))
+
+    def branch(factors: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
+        if factors is None:
+            return None
+        return fake_quantize(factors[0], side_w_bits, axis=0), fake_quantize(factors[1], side_w_bits, axis=1)
+
+    return RoundedSplit(
+        perm=site.perm,
+        transforms=tuple(g.transform for g in site.groups),
+        a_clips=tuple(g.a_clip for g in site.groups),
+        w=tuple(fake_quantize(w_j, b, clip_factors(g.w_clip), axis=0) for w_j, b, g in zip(w, bits, site.groups, strict=True)),
+        cws=branch(cws),
+        mac=branch(mac),
+        bits=site.bits,
+        mac_tokens=site.mac_tokens,
+    )
+
+
+def rounded_linear(x: Float[Array, "*B D"], site: RoundedSplit, is_text: Bool[Array, "*B"] | None) -> Float[Array, "*B N"]:
+    """Multiply with straight-through quantization of the tokens: the value that the packed codes give, with gradients."""
+    _, a_bits, _, side_a_bits = site.bits
+    tokens = split(x[..., site.perm], tuple(w.shape[0] for w in site.w), axis=-1)
+    y = jnp.zeros((*x.shape[:-1], site.w[0].shape[1]), x.dtype)
+    for i, (transform, a_clip, x_j, w_j) in enumerate(zip(site.transforms, site.a_clips, tokens, site.w, strict=True)):
         is_main = i == 0
-        x_t = apply(group.transform, x_j)
-        x_hat = fake_quantize(x_t, a_bits if is_main else side_a_bits, clip_factors(group.a_clip))
-        w_t = main_weight(site, w_j) if is_main else apply_inverse(group.transform, w_j)
-        y += x_hat @ fake_quantize(w_t, w_bits if is_main else side_w_bits, clip_factors(group.w_clip), axis=0)
+        x_t = apply(transform, x_j)
+        x_hat = fake_quantize(x_t, a_bits if is_main else side_a_bits, clip_factors(a_clip))
+        y += x_hat @ w_j
         if is_main and site.cws is not None:
-            y += _branch(x_hat, site.cws, group.transform, side_w_bits)
+            u, v = site.cws
+            y += (x_hat @ u) @ v
         if is_main and site.mac is not None:
+            u, v = site.mac
             residual = fake_quantize(x_t - x_hat, side_a_bits)
-            served = served_by_mac(site.mac_tokens, is_text, x.shape[:-1])
-            y += jnp.where(served, _branch(residual, site.mac, group.transform, side_w_bits), 0)
+            y += jnp.where(served_by_mac(site.mac_tokens, is_text, x.shape[:-1]), (residual @ u) @ v, 0)
     return y
-
-
-def _branch(x: Float[Array, "*B K"], branch: LowRank, transform: Transform, bits: Any) -> Float[Array, "*B N"]:
-    u, v = branch_factors(branch, transform)
-    return (x @ fake_quantize(u, bits, axis=0)) @ fake_quantize(v, bits, axis=1)
 
 
 def learnable(site: TrainableSplit) -> dict[str, Any]:
