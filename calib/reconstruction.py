@@ -240,7 +240,8 @@ def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
     def errors(student: Params, theta: Any, x: Array, y: Array, context: Any) -> tuple[Array, Array]:
         valid = context.valid[..., None]
         e = jnp.where(valid, predict(student, theta, x, context) - y, 0)
-        return jax.lax.psum((jnp.sum(e**2), jnp.sum(jnp.where(valid, y - x, 0) ** 2)), "data")
+        sums: tuple[Array, Array] = jax.lax.psum((jnp.sum(e**2), jnp.sum(jnp.where(valid, y - x, 0) ** 2)), "data")
+        return sums
 
     rows = P("data")
     step = sharded(update, mesh, (P(), P(), P(), rows, rows, rows), (P(), P()))

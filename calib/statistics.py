@@ -174,7 +174,8 @@ def _passes(model: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, 
             return {n: t + rank_histogram(ranks[n], at["real"]) for n, t in totals.items()}, None
 
         start = {n: jnp.zeros((m.shape[0], RANK_BINS), jnp.int32) for n, m in main.items()}
-        return jax.lax.psum(jax.lax.scan(one, start, (xs, contexts, where))[0], "data")
+        totals: dict[str, Array] = jax.lax.psum(jax.lax.scan(one, start, (xs, contexts, where))[0], "data")
+        return totals
 
     rows = P("data")
     return (

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
@@ -165,6 +166,6 @@ def attend(
     grouped = q.reshape(batch, length, groups, heads // groups, size)
     scores = jnp.einsum("blgrd,bsgd->bgrls", grouped, k).astype(jnp.float32) * size**-0.5
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask[:, :, None], scores, np.finfo(np.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bgrls,bsgd->blgrd", weights, v).reshape(batch, length, heads * size)

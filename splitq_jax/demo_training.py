@@ -133,7 +133,7 @@ def train_encoder(config: LlavaConfig, records: list[dict[str, Any]], steps: int
     params = model.init(jax.random.key(seed), jnp.asarray(pixels[:1]))["params"]
 
     def loss(p: Params, x: Array, y: Array) -> Array:
-        logits = model.apply({"params": p}, x)
+        logits: Any = model.apply({"params": p}, x)
         parts = (logits[:, : len(SHAPES)], logits[:, len(SHAPES) :])
         terms = [
             optax.softmax_cross_entropy_with_integer_labels(z, jnp.maximum(y[:, i], 0)) * (y[:, i] >= 0)
@@ -158,7 +158,8 @@ def train_encoder(config: LlavaConfig, records: list[dict[str, Any]], steps: int
         bar.update(task, advance=1, loss=f"loss {float(value):.3f}")
         if (i + 1) % CHECKPOINT == 0 or i + 1 == steps:
             checkpoint.save(i + 1, (params, state))
-    return jax.tree.map(np.asarray, params["vision"])
+    vision: Params = jax.tree.map(np.asarray, params["vision"])
+    return vision
 
 
 def augment(x: Float[np.ndarray, "N C H W"], rng: np.random.Generator) -> Float[np.ndarray, "N C H W"]:
@@ -215,7 +216,7 @@ def train_decoder(
 
     def loss(p: Params, frozen: Params, inputs: Params, at: Array, target: Array) -> Array:
         variables = {"params": tree(p, frozen)}
-        hidden = model.apply(variables, **inputs, method="embed")
+        hidden: Any = model.apply(variables, **inputs, method="embed")
         x = hidden.x
         for i in range(config.num_layers):
             x = model.block().apply({"params": variables["params"]["decoder"][f"blocks_{i}"]}, x, hidden.context)
@@ -251,7 +252,8 @@ def train_decoder(
         if (i + 1) % CHECKPOINT == 0 or i + 1 == steps:
             checkpoint.save(i + 1, (learned, state))
             bar.console.print(f"step {i + 1}: loss {average:.4f}")
-    return jax.tree.map(np.asarray, learned)
+    factors: Params = jax.tree.map(np.asarray, learned)
+    return factors
 
 
 def packed_rows(tokenizer: Any, records: list[dict[str, Any]], config: LlavaConfig, length: int) -> dict[str, np.ndarray]:

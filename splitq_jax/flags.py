@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def add_fields(parser: argparse.ArgumentParser, cls: type, names: Sequence[str]) -> None:
+def add_fields(parser: argparse._ActionsContainer, cls: type, names: Sequence[str]) -> None:
     """Add a flag for each named field; a flag that is not given leaves nothing in the namespace."""
     hints, docs = get_type_hints(cls), descriptions(cls)
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     for name in names:
-        kind, options = hints[name], {}
+        kind: Any = hints[name]
+        options: dict[str, Any] = {}
         if get_origin(kind) in (Union, types.UnionType):
             (kind,) = (k for k in get_args(kind) if k is not type(None))
         if kind is bool:

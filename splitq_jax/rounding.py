@@ -19,8 +19,10 @@ def gptq(w: Float[Array, "K N"], hessian: Float[Array, "K K"], bits: int, clip: 
       bits: code bits.
       clip: LWC's factors; the scales are those of rounding to nearest.
     """
+    quantized: QTensor
     if bits >= FLOAT_BITS:
-        return quantize_matrix(w, bits, clip)
+        quantized = quantize_matrix(w, bits, clip)
+        return quantized
     rows = w.shape[0]
     diagonal = jnp.diag(hessian)
     dead = diagonal == 0  # a channel that is always zero: its weight does not matter
@@ -39,4 +41,5 @@ def gptq(w: Float[Array, "K N"], hessian: Float[Array, "K K"], bits: int, clip: 
         return left - after[:, None] * error[None, :], codes.at[k].set(code)
 
     _, codes = jax.lax.fori_loop(0, rows, step, (w, jnp.zeros_like(w)))
-    return from_codes(codes.astype(jnp.int8), scale, bits)
+    quantized = from_codes(codes.astype(jnp.int8), scale, bits)
+    return quantized
