@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions")
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--split", dest="part", default="test", choices=("validation", "test"), help="of the questions")
     parser.add_argument("--label", default="", help="added to the method's name where flags change it")
     add_fields(parser.add_argument_group("recipe"), Recipe, RECIPE_FLAGS)
     add_fields(parser.add_argument_group("training"), FitConfig, ("steps", "batch", "transform_rate", "clip_rate", "loss"))
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
         demo_model.build(args.size, Path(folder) / "model", seed=args.model_seed)
         setup = Setup.open(Path(folder) / "model", EasyVqa(Path(folder) / "data"))
-        questions = setup.questions(args.split, args.limit)
+        questions = setup.questions(args.part, args.limit)
         reference = evaluation.evaluate(setup.model, setup.params, questions, progress=bar, label="float")
         if ("float", "float", 0) not in done:
             rows.append(result_row(reference, setup.params, "float", "float", 0, 0.0))
@@ -81,7 +81,7 @@ def main() -> None:
                 console.print(
                     f"{row.scheme} {row.method} seed {seed}: {100 * row.accuracy:.1f} %, KL {row.kl:.4f}, blocks {blocks}"
                 )
-                facts = {"size": args.size, "effort": args.effort, "training": asdict(config), "split": args.split}
+                facts = {"size": args.size, "effort": args.effort, "training": asdict(config), "split": args.part}
                 facts |= {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
                 args.out.parent.mkdir(parents=True, exist_ok=True)
                 args.out.write_text(json.dumps({"facts": facts, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")

@@ -38,6 +38,8 @@ from splitq_jax.quantization import kernels, replace_kernels
 from splitq_jax.site import TrainableSplit, learnable, round_weights, with_learnable
 
 Loss = Literal["mse", "mae", "balanced", "token"]
+# Adam's, on gradients of a loss of 1: below it they are rounding noise, which Adam's usual 1e-8 would blow up to whole steps
+EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class FitConfig:
 
 
 FULL = FitConfig()
-EFFORTS = {"light": FitConfig(steps=24), "full": FULL}
+EFFORTS = {"light": FitConfig(steps=16), "full": FULL}
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
 
     def adamw(start: float) -> Any:
         # one vector for all the small arrays: a fraction of the time to compile
-        return optax.flatten(optax.adamw(rate(start), weight_decay=config.weight_decay))
+        return optax.flatten(optax.adamw(rate(start), eps=EPSILON, weight_decay=config.weight_decay))
 
     optimizer = optax.partition(
         {"transforms": adamw(config.transform_rate), "clips": adamw(config.clip_rate)},

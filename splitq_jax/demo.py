@@ -52,7 +52,7 @@ class DemoConfig:
     scheme: str = "w4a4"
     method: str = "splitq"
     effort: str = "light"
-    limit: int = 1000
+    limit: int = 300
     size: str = "demo"
     samples: int = 128
     seed: int = 0
@@ -103,7 +103,7 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
             console.print(_line(rows[-1]))
     console.print(evaluation.table(rows))
     extra = {"model": config.size, "seed": config.seed, "block_errors": [vars(e) for e in done.errors]}
-    extra["site_errors"] = calib.site_errors(setup.model, setup.params, done.params, samples)
+    extra["site_errors"] = calib.site_errors(setup.model, setup.params, done.params, samples[:2])
     sq.save(out / "quantized" / PARAMS, done.params, recipe=chosen[-1], config=setup.model.config, extra=extra)
     sq.save(out / "quantized" / CHANNELS, {path.replace("/", "."): s.absmax for path, s in stats.items()})
     models.copy_processor(out / "model", out / "quantized")

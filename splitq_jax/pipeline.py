@@ -23,7 +23,7 @@ from splitq_jax.mocd import TEXT, VISION, SiteStats
 from splitq_jax.recipe import Recipe
 
 Params = dict[str, Any]
-EVALUATION_LENGTHS = (224, 288, 416)
+EVALUATION_LENGTHS, MANY = (224, 288, 416), 2000
 CHANNELS = "channels"  # the per-channel maxima beside a quantized model's parameters
 
 
@@ -93,7 +93,8 @@ class Setup:
             raise InputError(f"--limit {limit}: expected at least one question")
         images = None if limit is None else range(min(limit, self.data.count(split)))
         records = self.data.records(split, images)[:limit]
-        lengths = EVALUATION_LENGTHS if isinstance(self.data, EasyVqa) else None
+        # several lengths save padding and cost a compilation each
+        lengths = EVALUATION_LENGTHS if isinstance(self.data, EasyVqa) and len(records) >= MANY else None
         return self.batches(records, 16, lengths)
 
     def calibration(self, samples: int, seed: int, split: str = "train") -> list[Batch]:
