@@ -13,9 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
-from splitq_jax import calib, demo_model, recipe
+from splitq_jax import calib, demo_model, output, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
@@ -45,7 +44,7 @@ def main() -> None:
     add_fields(parser.add_argument_group("recipe"), Recipe, RECIPE_FLAGS)
     add_fields(parser.add_argument_group("training"), FitConfig, ("steps", "batch", "transform_rate", "clip_rate", "loss"))
     args = parser.parse_args()
-    console = Console()
+    console = output.console()
     rows = [evaluation.Row(**r) for r in json.loads(args.out.read_text())["rows"]] if args.out.exists() else []
     done = {(r.method, r.scheme, r.seed) for r in rows}
     config = FitConfig(**(vars(EFFORTS[args.effort]) | given(args, FitConfig)))

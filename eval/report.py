@@ -156,7 +156,7 @@ def _mean(rows: Sequence[Row]) -> Summary:
     return Summary(mean, len(rows), spread)
 
 
-COLUMNS = ("Scheme", "Method", "Accuracy", "95 %", "Agrees", "KL", "Bits", "MB", "Seconds")
+COLUMNS = ("Scheme", "Method", "Accuracy", "95 %", "Agrees", "KL", "Bits", "MB", "s")
 
 
 def cells(summary: Summary) -> tuple[str, ...]:

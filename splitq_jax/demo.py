@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 import splitq_jax as sq
-from splitq_jax import calib, demo_model, models, recipe
+from splitq_jax import calib, demo_model, models, output, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.reconstruction import EFFORTS
@@ -73,7 +73,7 @@ def run(config: DemoConfig) -> Path:
         raise InputError(f"--effort {config.effort!r}: expected one of {', '.join(EFFORTS)}")
     runs = config.out.with_name(f"{config.out.name}.run")
     with output_folder(config.out, config.overwrite) as folder:
-        console = Console()
+        console = output.console()
         _fill(folder, runs, config, chosen, console)
     shutil.rmtree(runs, ignore_errors=True)
     console.print(f"Wrote {config.out / 'quantized'} and {config.out / 'report.html'}")
