@@ -4,13 +4,15 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tiny import batches, model_and_params
 
 import splitq_jax as sq
 from splitq_jax import calib, recipes
+from splitq_jax.calib import blocks
 from splitq_jax.calib.jsonl import Jsonl
-from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
+from splitq_jax.calib.reconstruction import EFFORTS, FitConfig, token_weights
 from splitq_jax.calib.run import Run, fingerprint
 from splitq_jax.errors import InputError
 from splitq_jax.linear import linear
@@ -100,22 +102,33 @@ def test_statistics_do_not_depend_on_the_sharding(devices, tiny):
     assert_equal_stats(*(calib.collect(model, params, merged(4), SPLIT, mesh=mesh) for mesh in meshes))
 
 
-@pytest.mark.parametrize("loss", ["mse", "balanced"])
-def test_one_and_eight_devices_train_alike(loss, tiny, stats):
+def test_one_and_eight_devices_train_alike(tiny, stats):
     model, params = tiny
     recipe = recipe_of("splitq", gate_start=0.5)
-    config = dataclasses.replace(SHORT, loss=loss)
     trained = []
     for devices in (1, 8):
         mesh = calib.data_mesh(jax.devices()[:devices])
-        out, errors = calib.fit(model, params, prepare(params, stats, recipe), batches(4), config, mesh=mesh)
-        trained.append((out, errors))
+        trained.append(calib.fit(model, params, prepare(params, stats, recipe), batches(4), SHORT, mesh=mesh))
+    for a, b in zip(*(jax.tree.leaves(t) for t, _ in trained), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
     for one, eight in zip(trained[0][1], trained[1][1], strict=True):
         assert one.path == eight.path
         np.testing.assert_allclose((one.before, one.after), (eight.before, eight.after), rtol=1e-4)
-    if loss == "mse":
-        for a, b in zip(*(jax.tree.leaves(t) for t, _ in trained), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae", "balanced", "token"])
+def test_token_weights_do_not_depend_on_the_sharding(loss, tiny):
+    (hidden,) = blocks.embed(*tiny, merged(2))
+    rows, found = P("data"), []
+    for devices in (1, 8):
+        mesh = calib.data_mesh(jax.devices()[:devices])
+        weights = blocks.sharded(lambda x, c: token_weights(loss, x, 2 * x, c), mesh, (rows, rows), rows)
+        found.append(np.asarray(weights(*blocks.place(mesh, (hidden.x, hidden.context))))[..., 0])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    valid, text = hidden.context.valid, hidden.context.is_text
+    assert (found[0][~valid] == 0).all() and (found[0][valid] > 0).all()
+    if loss == "balanced":
+        np.testing.assert_allclose([found[0][text].sum(), found[0][~text].sum()], 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["splitq", "flatquant", "quarot"])

@@ -109,7 +109,8 @@ def numpy_split_linear(x, w, leaf, bits):
         channels = perm[start : start + k]
         start += k
         p = np.diag(np.asarray(group.transform.d, np.float64)) @ np.kron(
-            np.asarray(group.transform.p1, np.float64), np.asarray(group.transform.p2, np.float64)
+            np.ones((1, 1)) if group.transform.p1 is None else np.asarray(group.transform.p1, np.float64),
+            np.asarray(group.transform.p2, np.float64),
         )
         xt, wt = x[:, channels] @ p, np.linalg.solve(p, w[channels])
         a_clip = float(group.a_clip[0])
