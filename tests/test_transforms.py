@@ -24,11 +24,13 @@ def test_factors_end_for_every_parity(size, expected):
     assert transforms.factors(size) == expected
 
 
-def test_apply_is_the_dense_matrix():
+@pytest.mark.parametrize("n1", [1, 3])
+def test_apply_is_the_dense_matrix(n1):
     rng = np.random.default_rng(0)
-    d, p1, p2 = rng.uniform(0.5, 2, 12), rng.standard_normal((3, 3)), rng.standard_normal((4, 4))
-    dense = np.diag(d) @ np.kron(p1, p2)
-    t = Transform(*(jnp.asarray(a, jnp.float32) for a in (d, p1, p2)))
+    d, p1, p2 = rng.uniform(0.5, 2, 12), rng.standard_normal((n1, n1)), rng.standard_normal((12 // n1, 12 // n1))
+    dense = np.diag(d) @ (p2 if n1 == 1 else np.kron(p1, p2))
+    d, p1, p2 = (jnp.asarray(a, jnp.float32) for a in (d, p1, p2))
+    t = Transform(d, None if n1 == 1 else p1, p2)
     x, w = rng.standard_normal((5, 12)), rng.standard_normal((12, 7))
     np.testing.assert_allclose(apply(t, jnp.asarray(x, jnp.float32)), x @ dense, atol=1e-5)
     np.testing.assert_allclose(apply_inverse(t, jnp.asarray(w, jnp.float32)), np.linalg.solve(dense, w), atol=2e-4)
