@@ -42,12 +42,24 @@ def main() -> None:
     parser.add_argument("--split", dest="part", default="test", choices=("validation", "test"), help="of the questions")
     parser.add_argument("--label", default="", help="added to the method's name where flags change it")
     add_fields(parser.add_argument_group("recipe"), Recipe, RECIPE_FLAGS)
-    add_fields(parser.add_argument_group("training"), FitConfig, ("steps", "batch", "transform_rate", "clip_rate", "loss"))
+    add_fields(
+        parser.add_argument_group("training"), FitConfig, ("steps", "batch", "transform_rate", "clip_rate", "loss", "epsilon")
+    )
     args = parser.parse_args()
     console = output.console()
-    rows = [evaluation.Row(**r) for r in json.loads(args.out.read_text())["rows"]] if args.out.exists() else []
-    done = {(r.method, r.scheme, r.seed) for r in rows}
     config = FitConfig(**(vars(EFFORTS[args.effort]) | given(args, FitConfig)))
+    settings = {
+        "size": args.size,
+        "model_seed": args.model_seed,
+        "split": args.part,
+        "limit": args.limit,
+        "training": asdict(config),
+    }
+    stored = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "rows": []}
+    if stored["settings"] != settings:
+        raise SystemExit(f"{args.out}: rows of {stored['settings']}, this run has {settings}; use another --out")
+    rows = [evaluation.Row(**r) for r in stored["rows"]]
+    done = {(r.method, r.scheme, r.seed) for r in rows}
     wanted = [
         recipe.named(method, scheme).replace(seed=seed, **given(args, Recipe))
         for scheme in args.schemes
@@ -80,10 +92,11 @@ def main() -> None:
                 console.print(
                     f"{row.scheme} {row.method} seed {seed}: {100 * row.accuracy:.1f} %, KL {row.kl:.4f}, blocks {blocks}"
                 )
-                facts = {"size": args.size, "effort": args.effort, "training": asdict(config), "split": args.part}
-                facts |= {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
+                facts = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
                 args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"facts": facts, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+                args.out.write_text(
+                    json.dumps({"settings": settings, "facts": facts, "rows": [asdict(r) for r in rows]}, indent=1) + "\n"
+                )
     console.print(evaluation.table(rows))
 
 

@@ -38,8 +38,6 @@ from splitq_jax.quantization import kernels, replace_kernels
 from splitq_jax.site import TrainableSplit, learnable, round_weights, with_learnable
 
 Loss = Literal["mse", "mae", "balanced", "token"]
-# Adam's, on gradients of a loss of 1: below it they are rounding noise, which Adam's usual 1e-8 would blow up to whole steps
-EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,7 @@ class FitConfig:
       final: the cosine schedule's end, as a share of its start.
       loss: ``mse``; ``mae``; ``balanced``: vision and text weigh alike (after MBQ, arXiv 2412.19509); ``token``: each token's error is
         divided by what the block adds to that token, so that massive tokens do not dominate.
+      epsilon: AdamW's. Gradients are of a loss of 1; those far below it are rounding noise, which a small epsilon blows up to whole steps.
       seed: of the order of the samples.
     """
 
@@ -67,6 +66,7 @@ class FitConfig:
     weight_decay: float = 1e-2
     final: float = 1e-3
     loss: Loss = "mse"
+    epsilon: float = 1e-6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -203,7 +203,7 @@ def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
 
     def adamw(start: float) -> Any:
         # one vector for all the small arrays: a fraction of the time to compile
-        return optax.flatten(optax.adamw(rate(start), eps=EPSILON, weight_decay=config.weight_decay))
+        return optax.flatten(optax.adamw(rate(start), eps=config.epsilon, weight_decay=config.weight_decay))
 
     optimizer = optax.partition(
         {"transforms": adamw(config.transform_rate), "clips": adamw(config.clip_rate)},

@@ -2,6 +2,7 @@
 
 Stage 1 trains the image encoder, with throw-away heads, to tell shape and colour. Stage 2 freezes it and trains the projector and rank-16
 LoRA on every decoder site, all questions of an image packed behind it, on the answers' tokens. Seeded; resumes from its last checkpoint.
+``--init FILE`` trains an earlier run's result further: its encoder is kept, its projector and LoRA start a new schedule on other images.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from splitq_jax import demo_model
@@ -63,8 +65,6 @@ class Checkpoint:
         """Return the last step and state, or 0 and the given start."""
         if not self.path.exists():
             return 0, state
-        from safetensors import safe_open
-
         with safe_open(self.path, "numpy") as f:
             metadata = f.metadata()
         if metadata["settings"] != self.settings:
@@ -186,8 +186,9 @@ def train_decoder(
     seed: int,
     out: Path,
     bar: Progress,
+    earlier: Params | None = None,
 ) -> Params:
-    """Stage 2; ``rows`` holds one packed row an image. Returns projector and LoRA factors."""
+    """Stage 2; ``rows`` holds one packed row an image, ``earlier`` factors to start from. Returns projector and LoRA factors."""
     config = model.config
     keys = iter(jax.random.split(jax.random.key(seed + 1), 4 * config.num_layers))
     lora = {
@@ -205,6 +206,8 @@ def train_decoder(
         jax.random.key(seed + 2), np.full((1, config.tokens_per_image), config.image_token_id), blank, method="embed"
     )
     learned = {"projector": start_params["params"]["projector"], "lora": lora}
+    if earlier is not None:
+        learned = jax.tree.map(lambda new, old: jnp.asarray(old, new.dtype), learned, {k: earlier[k] for k in learned})
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(50, steps // 4 + 1), steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
 
@@ -231,7 +234,8 @@ def train_decoder(
         return optax.apply_updates(p, updates), state, value
 
     checkpoint = Checkpoint(
-        out / "decoder.safetensors", {"steps": steps, "seed": seed, "batch": batch, "layers": config.num_layers}
+        out / ("decoder.safetensors" if earlier is None else "further.safetensors"),
+        {"steps": steps, "seed": seed, "batch": batch, "layers": config.num_layers},
     )
     start, (learned, state) = checkpoint.load((learned, optimizer.init(learned)))
     frozen = jax.tree.map(jnp.asarray, {"vision": vision, "decoder": decoder})
@@ -241,7 +245,7 @@ def train_decoder(
     average = 0.0
     for i in range(start, steps):
         epoch, offset = divmod(i * batch, count - count % batch)
-        order = np.random.default_rng((seed, 1, epoch)).permutation(count)[offset : offset + batch]
+        order = np.random.default_rng((seed, 1 if earlier is None else 2, epoch)).permutation(count)[offset : offset + batch]
         part = {k: v[order] for k, v in rows.items()}
         at = answer_positions(part, width)
         target = np.take_along_axis(part["targets"], at, axis=1)
@@ -283,6 +287,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=272, help="tokens a row")
+    parser.add_argument("--init", type=Path, default=None, help="an earlier run's factors, of the same size, to train further")
     args = parser.parse_args()
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -291,10 +296,21 @@ def main() -> None:
     train, held, test = (EasyVqa(args.out / "data").records(s) for s in ("train", "validation", "test"))
     rows = packed_rows(tokenizer, train, config, args.length)
     decoder = demo_model.base_decoder(args.size, args.base)
+    earlier: Params | None = None
+    before: dict[str, str] = {}
+    if args.init is not None:
+        with safe_open(args.init, "numpy") as f:
+            before = f.metadata()
+        if before["size"] != args.size:
+            raise InputError(f"--init {args.init}: factors of size {before['size']}; expected {args.size}")
+        earlier = demo_model.nested(load_file(args.init))
     with progress_bar() as bar:
-        vision = train_encoder(config, train, args.encoder_steps, args.seed, args.out, bar)
-        learned = train_decoder(Llava(config), vision, decoder, rows, args.steps, args.batch, args.seed, args.out, bar)
-    seconds = time.monotonic() - began
+        if earlier is None:
+            vision = train_encoder(config, train, args.encoder_steps, args.seed, args.out, bar)
+        else:
+            vision = jax.tree.map(lambda a: a.astype(np.float32), earlier["vision"])
+        learned = train_decoder(Llava(config), vision, decoder, rows, args.steps, args.batch, args.seed, args.out, bar, earlier)
+    seconds = time.monotonic() - began + float(before.get("seconds", 0))
     shipped = {k: v.astype(ml_dtypes.bfloat16) for k, v in flatten({"vision": vision, **learned}).items()}
     model, params = demo_model.assemble(args.size, demo_model.nested(shipped))
     scores = {}
@@ -316,7 +332,11 @@ def main() -> None:
         "seed": str(args.seed),
         "seconds": f"{seconds:.0f}",
     }
-    metadata |= {"steps": f"{args.encoder_steps} + {args.steps}", "batch": str(args.batch), "jax": jax.__version__}
+    metadata |= {
+        "steps": f"{before.get('steps', args.encoder_steps)} + {args.steps}",
+        "batch": str(args.batch),
+        "jax": jax.__version__,
+    }
     save_file(shipped, args.out / demo_model.Asset(args.size, args.seed).name, metadata)
 
 
