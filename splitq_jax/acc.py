@@ -4,6 +4,7 @@
 ``G_*`` is learned. ``sqrt(S)`` goes to either side, which leaves the product alone and makes V's rows alike.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -42,27 +43,31 @@ def rank_of(rate: float, rows: int, columns: int, width: int) -> int:
 
 
 def svd_factors(
-    w: Float[Array, "K N"], rank: int, columns: tuple[int, ...] | None = None
-) -> tuple[Float[Array, "K r"], Float[Array, "r N"]]:
-    """Return ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T`` of the main rows.
+    w: Float[Array, "K N"], ranks: Sequence[int], columns: tuple[int, ...] | None = None
+) -> list[tuple[Float[Array, "K r"], Float[Array, "r N"]]]:
+    """Return ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T`` of the main rows for every rank, from one decomposition.
 
     Args:
       w: the main rows, float32.
-      rank: r.
+      ranks: the r.
       columns: None for one SVD a site, its layers side by side; else the output sizes of the site's layers: each has an SVD of its
         own with this rank, and the factors are laid side by side, V block-diagonal (so r is ``rank * len(columns)``).
     """
     if columns is not None:
         starts = np.cumsum((0, *columns))
-        pairs = [svd_factors(w[:, a:b], rank) for a, b in pairwise(starts)]
-        return jnp.concatenate([u for u, _ in pairs], axis=1), jax.scipy.linalg.block_diag(*[v for _, v in pairs])
+        layers = zip(*(svd_factors(w[:, a:b], ranks) for a, b in pairwise(starts)), strict=True)
+        return [
+            (jnp.concatenate([u for u, _ in pairs], axis=1), jax.scipy.linalg.block_diag(*[v for _, v in pairs]))
+            for pairs in layers
+        ]
     # LAPACK through numpy: XLA's CPU decomposition takes seconds a layer
+    most = max(ranks)
     shapes = (
-        jax.ShapeDtypeStruct((w.shape[0], rank), jnp.float32),
-        jax.ShapeDtypeStruct((rank, w.shape[1]), jnp.float32),
+        jax.ShapeDtypeStruct((w.shape[0], most), jnp.float32),
+        jax.ShapeDtypeStruct((most, w.shape[1]), jnp.float32),
     )
-    u, v = jax.pure_callback(lambda m: _svd(np.asarray(m), rank), shapes, w)
-    return u, v
+    u, v = jax.pure_callback(lambda m: _svd(np.asarray(m), most), shapes, w)
+    return [(u[:, :r], v[:r]) for r in ranks]
 
 
 def _svd(w: Float[np.ndarray, "K N"], rank: int) -> tuple[Float[np.ndarray, "K r"], Float[np.ndarray, "r N"]]:

@@ -139,16 +139,13 @@ def prepare_site(
         )
     if recipe.rounding == "gptq" and (stats is None or stats.gram is None):
         raise InputError(f"{path}: GPTQ needs Gram matrices; collect the statistics with gram=True")
-    main = w[perm][: sizes[0]]
+    cws, mac = start_branches(w[perm][: sizes[0]], recipe, columns, path)
     return TrainableSplit(
         w=w,
         perm=perm,
         groups=tuple(groups),
-        cws=start_branch(main, recipe.cws, recipe.rates[0], recipe, columns, path),
-        # without activation quantization there is no residual to send
-        mac=None
-        if recipe.main_bits[1] >= FLOAT_BITS and recipe.main_bits[0] < FLOAT_BITS
-        else start_branch(main, recipe.mac, recipe.rates[1], recipe, columns, path),
+        cws=cws,
+        mac=mac,
         bits=jnp.array([*recipe.main_bits, side_w_bits, side_a_bits], jnp.int32),
         gram=stats.gram if stats is not None and recipe.rounding == "gptq" else None,
         sizes=sizes,
@@ -173,22 +170,31 @@ def start_transform(recipe: Recipe, x_absmax: Float[Array, " K"], rows: Float[Ar
     return Transform(d, jnp.asarray(p1) if n1 > 1 else None, jnp.asarray(p2))
 
 
-def start_branch(
-    main: Float[Array, "K N"], kind: acc.Branch, rate: float, recipe: Recipe, columns: tuple[int, ...], path: str
-) -> acc.LowRank | None:
-    """Return a branch at its start, or None where it is off."""
-    if kind == "off":
-        return None
+def start_branches(
+    main: Float[Array, "K N"], recipe: Recipe, columns: tuple[int, ...], path: str
+) -> tuple[acc.LowRank | None, acc.LowRank | None]:
+    """Return CWS and MAC at their start, None for one that is off."""
+    w_bits, a_bits = recipe.main_bits
+    no_residual = a_bits >= FLOAT_BITS and w_bits < FLOAT_BITS  # MAC has nothing to send where activations are not quantized
+    kinds = (recipe.cws, "off" if no_residual else recipe.mac)
     per_layer = columns if recipe.svd_per == "layer" else None
-    narrowest = min(columns) if per_layer else main.shape[1]
-    rank = acc.rank_of(rate, main.shape[0], narrowest, main.shape[0])
-    if rank > min(main.shape[0], narrowest):
-        raise InputError(f"{path}: rank {rank} above min(D, N) = {min(main.shape[0], narrowest)}; lower the rank rate")
-    u, v = acc.svd_factors(main, rank, per_layer)
-    gate = jnp.full((u.shape[1],), recipe.gate_start if kind == "gated" else 1.0, jnp.float32)
-    if kind == "free":
-        v = recipe.gate_start * v
-    return acc.LowRank(u, v, gate, kind)
+    narrowest = min(main.shape[0], min(columns) if per_layer else main.shape[1])
+    ranks = [acc.rank_of(rate, main.shape[0], narrowest, main.shape[0]) for rate in recipe.rates]
+    wanted = [rank for rank, kind in zip(ranks, kinds, strict=True) if kind != "off"]
+    if not wanted:
+        return None, None
+    if max(wanted) > narrowest:
+        raise InputError(f"{path}: rank {max(wanted)} above min(D, N) = {narrowest}; lower the rank rate")
+    factors = iter(acc.svd_factors(main, wanted, per_layer))
+
+    def branch(kind: acc.Branch) -> acc.LowRank | None:
+        if kind == "off":
+            return None
+        u, v = next(factors)
+        gate = jnp.full((u.shape[1],), recipe.gate_start if kind == "gated" else 1.0, jnp.float32)
+        return acc.LowRank(u, recipe.gate_start * v if kind == "free" else v, gate, kind)
+
+    return branch(kinds[0]), branch(kinds[1])
 
 
 def freeze(params: Params, recipe: Recipe) -> Params:

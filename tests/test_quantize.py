@@ -204,10 +204,10 @@ def test_gptq_is_its_sequential_definition():
 
 def test_low_rank_factors_are_the_truncated_svd(params):
     w = kernels(params)[PATH]
-    u, v = acc.svd_factors(w, 5)
+    ((u, v),) = acc.svd_factors(w, (5,))
     full = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
     np.testing.assert_allclose(u @ v, (full[0][:, :5] * full[1][:5]) @ full[2][:5], atol=1e-5)
-    u, v = acc.svd_factors(w, 3, (40, 30, 26))
+    _, (u, v) = acc.svd_factors(w, (1, 3), (40, 30, 26))
     assert u.shape == (D, 9) and v.shape == (9, N)
     second = np.linalg.svd(np.asarray(w[:, 40:70], np.float64), full_matrices=False)
     np.testing.assert_allclose((u @ v)[:, 40:70], (second[0][:, :3] * second[1][:3]) @ second[2][:3], atol=1e-5)
