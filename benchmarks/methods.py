@@ -14,12 +14,12 @@ from pathlib import Path
 
 import jax
 
-from splitq_jax import calib, demo_model, output, recipe
+from splitq_jax import calib, demo_model, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
 from splitq_jax.flags import add_fields, given
-from splitq_jax.output import progress_bar
+from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import Setup, quantized, result_row
 from splitq_jax.recipe import Recipe
 
@@ -46,7 +46,7 @@ def main() -> None:
         parser.add_argument_group("training"), FitConfig, ("steps", "batch", "transform_rate", "clip_rate", "loss", "epsilon")
     )
     args = parser.parse_args()
-    console = output.console()
+    console = make_console()
     config = FitConfig(**(vars(EFFORTS[args.effort]) | given(args, FitConfig)))
     settings = {
         "size": args.size,

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import splitq_jax as sq
-from splitq_jax import calib, models, output, quantization, recipe
+from splitq_jax import calib, models, quantization, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
 from splitq_jax.calib.run import fingerprint
@@ -25,7 +25,7 @@ from splitq_jax.flags import add_fields, given
 from splitq_jax.linear import SplitWeight
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
-from splitq_jax.output import output_folder, progress_bar
+from splitq_jax.output import make_console, output_folder, progress_bar
 from splitq_jax.pipeline import CHANNELS, Setup, channels_of, quantized, result_row, source
 
 RECIPE_FLAGS = (
@@ -93,7 +93,7 @@ def convert(options: argparse.Namespace) -> None:
         sq.save(folder / PARAMS, params, config=model.config)
         models.copy_processor(options.model, folder)
     size = quantization.stored_bytes(params)
-    output.console().print(f"Wrote {options.out}: {len(quantization.kernels(params))} linear layers, {size / 1e6:,.1f} MB")
+    make_console().print(f"Wrote {options.out}: {len(quantization.kernels(params))} linear layers, {size / 1e6:,.1f} MB")
 
 
 # --- calibrate
@@ -119,7 +119,7 @@ def calibrate(options: argparse.Namespace) -> None:
         stats = _collect(setup, options, batches, options.gram, options.vision_tower, bar)
         # a key may not hold a slash
         sq.save(folder / PARAMS, {path.replace("/", "."): s for path, s in stats.items()}, extra=_provenance(setup, options))
-    output.console().print(f"Wrote {options.out}: statistics of {len(stats)} sites from {options.samples} samples")
+    make_console().print(f"Wrote {options.out}: statistics of {len(stats)} sites from {options.samples} samples")
 
 
 def _float_setup(options: argparse.Namespace) -> Setup:
@@ -167,7 +167,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def quantize(options: argparse.Namespace) -> None:
     """Quantize and write a model."""
-    console = output.console()
+    console = make_console()
     size = SplitSize(options.split_rate, options.split_align)
     chosen = recipe.named(options.method, options.scheme).replace(split=size, **given(options, recipe.Recipe))
     config = FitConfig(**(vars(EFFORTS[options.effort]) | {"seed": options.seed} | given(options, FitConfig)))
@@ -233,7 +233,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Evaluate a model and print (and write) its row."""
-    console = output.console()
+    console = make_console()
     data = source(options.data, options.data_dir)
     setup = Setup.open(options.model, data, options.follow_links)
     questions = setup.questions(options.split, options.limit)
@@ -301,7 +301,7 @@ def inspect(options: argparse.Namespace) -> None:
     params, manifest = sq.restore(options.model / PARAMS)
     if manifest["recipe"] is None:
         raise InputError(f"{options.model}: is not quantized; run splitq quantize first")
-    console = output.console()
+    console = make_console()
     made = manifest["recipe"]
     console.print(f"{made['method']} {made['scheme']}, seed {made['seed']}; written with {manifest['versions']}")
     console.print(_layers(params, (manifest["extra"] or {}).get("site_errors", {})))

@@ -14,14 +14,14 @@ import numpy as np
 from rich.console import Console
 
 import splitq_jax as sq
-from splitq_jax import calib, demo_model, models, output, recipe
+from splitq_jax import calib, demo_model, models, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.reconstruction import EFFORTS
 from splitq_jax.errors import InputError
 from splitq_jax.mocd import SiteStats
 from splitq_jax.models.convert import PARAMS
-from splitq_jax.output import output_folder, progress_bar
+from splitq_jax.output import make_console, output_folder, progress_bar
 from splitq_jax.pipeline import CHANNELS, Params, Setup, channels_of, quantized, result_row
 from splitq_jax.quantization import kernels
 from splitq_jax.recipe import Recipe
@@ -73,7 +73,7 @@ def run(config: DemoConfig) -> Path:
         raise InputError(f"--effort {config.effort!r}: expected one of {', '.join(EFFORTS)}")
     runs = config.out.with_name(f"{config.out.name}.run")
     with output_folder(config.out, config.overwrite) as folder:
-        console = output.console()
+        console = make_console()
         _fill(folder, runs, config, chosen, console)
     shutil.rmtree(runs, ignore_errors=True)
     console.print(f"Wrote {config.out / 'quantized'} and {config.out / 'report.html'}")

@@ -14,7 +14,7 @@ from splitq_jax.errors import InputError
 WRITTEN_BY_US = ("manifest.json", "params/manifest.json", "report.json")  # one of these marks a folder that may be replaced
 
 
-def console() -> Console:
+def make_console() -> Console:
     """Return the console that commands print to: a terminal's own width, else wide enough that no table is cut short."""
     found = Console()
     return found if found.is_terminal else Console(width=max(found.width, 160))

@@ -1,8 +1,12 @@
-"""Before JAX starts: eight virtual CPU devices and no network; then: no silent promotion of ranks or dtypes."""
+"""Before JAX starts: eight virtual CPU devices, no network, little optimization (most of the tests' time is compilation); then: no
+silent promotion of ranks or dtypes.
+"""
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0")
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
