@@ -25,7 +25,19 @@ from splitq_jax.recipe import Recipe
 
 METHODS = ("rtn", "smoothquant", "flatquant", "random-channels", "mocd", "mocd-cws", "splitq", "splitq-fixed")
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
-RECIPE_FLAGS = ("select", "clusters", "side_bits", "transform", "cws", "mac", "cws_rate", "mac_rate", "mac_tokens", "gate_start")
+RECIPE_FLAGS = (
+    "select",
+    "clusters",
+    "side_bits",
+    "transform",
+    "cws",
+    "mac",
+    "cws_rate",
+    "mac_rate",
+    "mac_tokens",
+    "cws_start",
+    "mac_start",
+)
 
 
 def main() -> None:

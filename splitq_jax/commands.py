@@ -30,7 +30,7 @@ from splitq_jax.pipeline import CHANNELS, Setup, channels_of, quantized, result_
 
 RECIPE_FLAGS = (
     *("select", "clusters", "side_bits", "transform", "clip", "cws", "mac", "cws_rate", "mac_rate", "mac_tokens"),
-    *("svd_per", "gate_start", "rounding", "train", "vision", "sites"),
+    *("svd_per", "cws_start", "mac_start", "rounding", "train", "vision", "sites"),
 )
 FIT_FLAGS = ("epochs", "steps", "batch", "transform_rate", "clip_rate", "loss")
 

@@ -187,14 +187,14 @@ def start_branches(
         raise InputError(f"{path}: rank {max(wanted)} above min(D, N) = {narrowest}; lower the rank rate")
     factors = iter(acc.svd_factors(main, wanted, per_layer))
 
-    def branch(kind: acc.Branch) -> acc.LowRank | None:
+    def branch(kind: acc.Branch, start: float) -> acc.LowRank | None:
         if kind == "off":
             return None
         u, v = next(factors)
-        gate = jnp.full((u.shape[1],), recipe.gate_start if kind == "gated" else 1.0, jnp.float32)
-        return acc.LowRank(u, recipe.gate_start * v if kind == "free" else v, gate, kind)
+        gate = jnp.full((u.shape[1],), start if kind == "gated" else 1.0, jnp.float32)
+        return acc.LowRank(u, start * v if kind == "free" else v, gate, kind)
 
-    return branch(kinds[0]), branch(kinds[1])
+    return branch(kinds[0], recipe.cws_start), branch(kinds[1], recipe.mac_start)
 
 
 def freeze(params: Params, recipe: Recipe) -> Params:

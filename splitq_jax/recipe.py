@@ -32,7 +32,8 @@ class Recipe:
       cws_rate, mac_rate: ranks as a share of ``min(D_m, N)``; None for 2 % and 3 %, at 2-bit activations 3 % and 5 %.
       mac_tokens: the tokens that MAC serves.
       svd_per: one SVD a site or one a layer.
-      gate_start: start of G's diagonal for ``gated`` (and the scale of V for ``free``).
+      cws_start, mac_start: start of G's diagonal for ``gated`` (and the scale of V for ``free``). 0 is a branch that is not there yet. CWS
+        takes its product out of the main weight, and at 1 the 4-bit factors lose more than they take; MAC only adds what was lost.
       rounding: ``nearest`` or ``gptq`` (needs statistics collected with ``gram=True``).
       train: whether `calib.fit` has anything to learn.
       vision: the vision tower's scheme, or ``float``. It has one modality, so it gets neither split nor branches.
@@ -58,7 +59,8 @@ class Recipe:
     mac_rate: float | None = None
     mac_tokens: MacTokens = "text"
     svd_per: Literal["site", "layer"] = "site"
-    gate_start: float = 0.0
+    cws_start: float = 0.0
+    mac_start: float = 1.0
     rounding: Literal["nearest", "gptq"] = "nearest"
     train: bool = True
     vision: str = "float"

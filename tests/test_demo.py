@@ -31,17 +31,17 @@ def opened(asset: Path, folder: Path, data: EasyVqa) -> tuple[Setup, dict[str, s
         return Setup.open(folder / "model", data), f.metadata()
 
 
-def test_both_trainings_are_shipped() -> None:
-    assert "demo_seed0" in {a.stem for a in ASSETS}
+def test_trainings_of_both_sizes_are_shipped() -> None:
+    assert {"demo_seed0", "smolvlm_seed0"} <= {a.stem for a in ASSETS}
     with pytest.raises(InputError, match="not shipped"):
         demo_model.Asset("demo", 99).open()
 
 
-@pytest.mark.parametrize("asset", [a for a in ASSETS if a.stem.startswith("demo")], ids=lambda a: a.stem)
+@pytest.mark.parametrize("asset", ASSETS, ids=lambda a: a.stem)
 def test_the_stated_accuracy(asset: Path, tmp_path: Path, data: EasyVqa) -> None:
     setup, stated = opened(asset, tmp_path, data)
     assert float(stated["test"]) >= 0.93
-    result = evaluate(setup.model, setup.params, setup.questions("test", 400))
+    result = evaluate(setup.model, setup.params, setup.questions("test", 100 if asset.stem.startswith("smolvlm") else 300))
     low, high = wilson(int(result.correct.sum()), result.correct.size, z=3.3)  # 1 in 1,000 by chance
     assert low <= float(stated["test"]) <= high
 

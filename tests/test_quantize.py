@@ -59,9 +59,9 @@ def apply(tree, x):
 
 VARIANTS = {
     **{name: make("w4a4").replace(split=SPLIT) for name, make in recipes.METHODS.items()},
-    "gates": recipes.splitq("w4a4").replace(split=SPLIT, gate_start=0.7),
-    "free": recipes.splitq("w4a4").replace(split=SPLIT, cws="free", mac="free", gate_start=0.5),
-    "per layer": recipes.splitq("w4a4").replace(split=SPLIT, gate_start=0.5, svd_per="layer"),
+    "gates": recipes.splitq("w4a4").replace(split=SPLIT, cws_start=0.7, mac_start=0.7),
+    "free": recipes.splitq("w4a4").replace(split=SPLIT, cws="free", mac="free", cws_start=0.5, mac_start=0.5),
+    "per layer": recipes.splitq("w4a4").replace(split=SPLIT, cws_start=0.5, mac_start=0.5, svd_per="layer"),
     "dense": recipes.flatquant("w4a4").replace(transform="dense"),
     "both": recipes.splitq_fixed("w4a4").replace(split=SPLIT, mac_tokens="both", side_bits=8),
 }
