@@ -33,7 +33,7 @@ class Recipe:
       mac_tokens: the tokens that MAC serves.
       svd_per: one SVD a site or one a layer.
       cws_start, mac_start: start of G's diagonal for ``gated`` (and the scale of V for ``free``). 0 is a branch that is not there yet. CWS
-        takes its product out of the main weight, and at 1 the 4-bit factors lose more than they take; MAC only adds what was lost.
+        takes its product out of the main weight: at 1 its 4-bit factors lose more than that saves. MAC may as well start at 1.
       rounding: ``nearest`` or ``gptq`` (needs statistics collected with ``gram=True``).
       train: whether `calib.fit` has anything to learn.
       vision: the vision tower's scheme, or ``float``. It has one modality, so it gets neither split nor branches.
@@ -60,7 +60,7 @@ class Recipe:
     mac_tokens: MacTokens = "text"
     svd_per: Literal["site", "layer"] = "site"
     cws_start: float = 0.0
-    mac_start: float = 1.0
+    mac_start: float = 0.0
     rounding: Literal["nearest", "gptq"] = "nearest"
     train: bool = True
     vision: str = "float"

@@ -104,7 +104,7 @@ def test_statistics_do_not_depend_on_the_sharding(devices, tiny):
 
 def test_one_and_eight_devices_train_alike(tiny, stats):
     model, params = tiny
-    recipe = recipe_of("splitq", cws_start=0.5)
+    recipe = recipe_of("splitq", cws_start=0.5, mac_start=0.5)
     trained = []
     for devices in (1, 8):
         mesh = calib.data_mesh(jax.devices()[:devices])
@@ -135,7 +135,7 @@ def test_token_weights_do_not_depend_on_the_sharding(loss, tiny):
 def test_sixteen_bits_are_the_float_model(method, tiny, stats):
     """Every transform, split and branch is an identity, at the start and after training."""
     model, params = tiny
-    recipe = recipe_of(method, "w16a16").replace(**({"cws_start": 0.7} if method == "splitq" else {}))
+    recipe = recipe_of(method, "w16a16").replace(**({"cws_start": 0.7, "mac_start": 0.7} if method == "splitq" else {}))
     prepared = prepare(params, stats, recipe)
     if recipe.train:
         prepared, _ = calib.fit(model, params, prepared, batches(2), dataclasses.replace(SHORT, transform_rate=0.05))
@@ -148,7 +148,7 @@ def test_sixteen_bits_are_the_float_model(method, tiny, stats):
 @pytest.mark.parametrize("scheme", ["w4a4", "w3a2", "w4a16"])
 def test_frozen_codes_are_what_was_trained(scheme, tiny, stats):
     model, params = tiny
-    recipe = recipe_of("splitq", scheme, cws_start=0.5)
+    recipe = recipe_of("splitq", scheme, cws_start=0.5, mac_start=0.5)
     prepared, _ = calib.fit(model, params, prepare(params, stats, recipe), batches(2), SHORT)
     batch = batches(1, seed=7)[0]
     trained, frozen = logits(model, prepared, batch), logits(model, freeze(prepared, recipe), batch)
@@ -214,7 +214,7 @@ def test_other_runs_are_kept_apart(tiny, tmp_path):
 
 def test_site_errors_are_numpys(tiny, stats):
     model, params = tiny
-    quantized = sq.quantize(params, stats, recipe_of("splitq", cws_start=0.5))
+    quantized = sq.quantize(params, stats, recipe_of("splitq", cws_start=0.5, mac_start=0.5))
     found = calib.site_errors(model, params, quantized, batches(2))
     (batch,) = merged(2)
     state, hidden = intermediates(model, params, batch)
