@@ -32,7 +32,7 @@ def opened(asset: Path, folder: Path, data: EasyVqa) -> tuple[Setup, dict[str, s
 
 
 def test_trainings_of_both_sizes_are_shipped() -> None:
-    assert {"demo_seed0", "smolvlm_seed0"} <= {a.stem for a in ASSETS}
+    assert {"demo_seed0", "demo_seed1", "smolvlm_seed0"} <= {a.stem for a in ASSETS}
     with pytest.raises(InputError, match="not shipped"):
         demo_model.Asset("demo", 99).open()
 
