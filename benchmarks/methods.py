@@ -18,6 +18,7 @@ from splitq_jax import calib, demo_model, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
+from splitq_jax.commands import FIT_FLAGS, RECIPE_FLAGS
 from splitq_jax.flags import add_fields, given
 from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import Setup, quantized, result_row
@@ -25,19 +26,6 @@ from splitq_jax.recipe import Recipe
 
 METHODS = ("rtn", "smoothquant", "flatquant", "random-channels", "mocd", "mocd-cws", "splitq", "splitq-fixed")
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
-RECIPE_FLAGS = (
-    "select",
-    "clusters",
-    "side_bits",
-    "transform",
-    "cws",
-    "mac",
-    "cws_rate",
-    "mac_rate",
-    "mac_tokens",
-    "cws_start",
-    "mac_start",
-)
 
 
 def main() -> None:
@@ -54,9 +42,7 @@ def main() -> None:
     parser.add_argument("--split", dest="part", default="test", choices=("validation", "test"), help="of the questions")
     parser.add_argument("--label", default="", help="added to the method's name where flags change it")
     add_fields(parser.add_argument_group("recipe"), Recipe, RECIPE_FLAGS)
-    add_fields(
-        parser.add_argument_group("training"), FitConfig, ("steps", "batch", "transform_rate", "clip_rate", "loss", "epsilon")
-    )
+    add_fields(parser.add_argument_group("training"), FitConfig, FIT_FLAGS)
     args = parser.parse_args()
     console = make_console()
     config = FitConfig(**(vars(EFFORTS[args.effort]) | given(args, FitConfig)))

@@ -32,7 +32,7 @@ RECIPE_FLAGS = (
     *("select", "clusters", "side_bits", "transform", "clip", "cws", "mac", "cws_rate", "mac_rate", "mac_tokens"),
     *("svd_per", "cws_start", "mac_start", "rounding", "train", "vision", "sites"),
 )
-FIT_FLAGS = ("epochs", "steps", "batch", "transform_rate", "clip_rate", "loss")
+FIT_FLAGS = ("epochs", "steps", "batch", "transform_rate", "clip_rate", "loss", "epsilon")
 
 
 def _add_output(parser: argparse.ArgumentParser, required: bool = True) -> None:

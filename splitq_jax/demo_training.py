@@ -187,8 +187,12 @@ def train_decoder(
     out: Path,
     bar: Progress,
     earlier: Params | None = None,
+    schedules: int = 0,
 ) -> Params:
-    """Stage 2; ``rows`` holds one packed row an image, ``earlier`` factors to start from. Returns projector and LoRA factors."""
+    """Stage 2; ``rows`` holds one packed row an image, ``earlier`` the factors that so many ``schedules`` gave, to start from.
+
+    Returns projector and LoRA factors.
+    """
     config = model.config
     keys = iter(jax.random.split(jax.random.key(seed + 1), 4 * config.num_layers))
     lora = {
@@ -207,7 +211,7 @@ def train_decoder(
     )
     learned = {"projector": start_params["params"]["projector"], "lora": lora}
     if earlier is not None:
-        learned = jax.tree.map(lambda new, old: jnp.asarray(old, new.dtype), learned, {k: earlier[k] for k in learned})
+        learned = jax.tree.map(jnp.asarray, {k: earlier[k] for k in learned})
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(50, steps // 4 + 1), steps, 1e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.01))
 
@@ -234,8 +238,8 @@ def train_decoder(
         return optax.apply_updates(p, updates), state, value
 
     checkpoint = Checkpoint(
-        out / ("decoder.safetensors" if earlier is None else "further.safetensors"),
-        {"steps": steps, "seed": seed, "batch": batch, "layers": config.num_layers},
+        out / "decoder.safetensors",
+        {"steps": steps, "seed": seed, "batch": batch, "layers": config.num_layers, "schedules": schedules},
     )
     start, (learned, state) = checkpoint.load((learned, optimizer.init(learned)))
     frozen = jax.tree.map(jnp.asarray, {"vision": vision, "decoder": decoder})
@@ -245,7 +249,7 @@ def train_decoder(
     average = 0.0
     for i in range(start, steps):
         epoch, offset = divmod(i * batch, count - count % batch)
-        order = np.random.default_rng((seed, 1 if earlier is None else 2, epoch)).permutation(count)[offset : offset + batch]
+        order = np.random.default_rng((seed, 1 + schedules, epoch)).permutation(count)[offset : offset + batch]
         part = {k: v[order] for k, v in rows.items()}
         at = answer_positions(part, width)
         target = np.take_along_axis(part["targets"], at, axis=1)
@@ -308,11 +312,13 @@ def main() -> None:
         if earlier is None:
             vision = train_encoder(config, train, args.encoder_steps, args.seed, args.out, bar)
         else:
-            vision = jax.tree.map(lambda a: a.astype(np.float32), earlier["vision"])
-        learned = train_decoder(Llava(config), vision, decoder, rows, args.steps, args.batch, args.seed, args.out, bar, earlier)
+            vision = earlier["vision"]
+        schedules = before.get("steps", "").count("+")  # "800 + 320": the encoder's steps, and each schedule's after it
+        model = Llava(config)
+        learned = train_decoder(model, vision, decoder, rows, args.steps, args.batch, args.seed, args.out, bar, earlier, schedules)
     seconds = time.monotonic() - began + float(before.get("seconds", 0))
     shipped = {k: v.astype(ml_dtypes.bfloat16) for k, v in flatten({"vision": vision, **learned}).items()}
-    model, params = demo_model.assemble(args.size, demo_model.nested(shipped))
+    _, params = demo_model.assemble(args.size, demo_model.nested(shipped))
     scores = {}
     for name, records in (("validation", held), ("test", test)):
         batches = packed_batches(

@@ -1,8 +1,6 @@
-"""Hugging Face folders in and out, and every folder that must be refused."""
+"""Hugging Face folders in and out, and every config and tree that must be refused."""
 
 import json
-import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,72 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
-from transformers import LlavaConfig as HfConfig
+from folders import SINGLE, Q, change_json, change_tensors, copy, make, same
 from transformers import LlavaForConditionalGeneration as HfLlava
 
 from splitq_jax import models
 from splitq_jax.errors import InputError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-Q, EMBEDDING = "language_model.model.layers.0.self_attn.q_proj.weight", "language_model.model.embed_tokens.weight"
+EMBEDDING = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
-
-
-def make(folder: Path, tower: str = "clip", shards: bool = False, layer: int = -1, **top: Any) -> Path:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = (CLIPVisionConfig if tower == "clip" else SiglipVisionConfig)(**sizes, image_size=8, patch_size=4)
-    text = LlamaConfig(**sizes | {"num_hidden_layers": 1}, num_key_value_heads=1, vocab_size=64)
-    config = HfConfig(vision_config=vision, text_config=text, image_token_index=60, vision_feature_layer=layer, **top)
-    HfLlava(config).save_pretrained(folder, **({"max_shard_size": "10KB"} if shards else {}))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("whole") / "model")
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make(tmp_path_factory.mktemp("sharded") / "model", shards=True)
-    assert len(list(folder.glob("*.safetensors"))) > 3
-    return folder
-
-
-def same(a: Any, b: Any) -> bool:
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-    return all(x.dtype == y.dtype and bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
-def copy(source: Path, target: Path) -> Path:
-    return Path(shutil.copytree(source, target))
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> Path:
-    tensors = load_file(folder / SINGLE)
-    change(tensors)
-    save_file(tensors, folder / SINGLE)
-    return folder
-
-
-def change_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    value = json.loads(file.read_text())
-    change(value)
-    file.write_text(json.dumps(value))
-
-
-def header(file: Path) -> tuple[dict[str, Any], bytes]:
-    raw = file.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    return json.loads(raw[8 : 8 + size]), raw[8 + size :]
-
-
-def write_header(file: Path, text: str, data: bytes) -> None:
-    file.write_bytes(struct.pack("<Q", len(text.encode())) + text.encode() + data)
 
 
 # --- what loads
@@ -110,10 +55,6 @@ def test_one_tensor_in_two_spellings_is_refused(whole: Path, tmp_path: Path) -> 
     folder = change_tensors(copy(whole, tmp_path / "m"), lambda t: t.update({"lm_head.weight": t[HEAD]}))
     with pytest.raises(InputError, match=r"lm_head\.weight.* spelled twice"):
         models.load(folder)
-
-
-def test_shards_load_alike(whole: Path, sharded: Path) -> None:
-    assert same(models.load(whole)[1], models.load(sharded)[1])
 
 
 def test_bfloat16_and_float16_files(whole: Path, tmp_path: Path) -> None:
@@ -153,208 +94,6 @@ def test_layers_past_the_selected_one_are_left_out(tmp_path: Path) -> None:
     change_tensors(folder, lambda t: t.update({"vision_tower.encoder.layers.2.mlp.fc1.bias": np.zeros(24, np.float32)}))
     with pytest.raises(InputError, match=r"1 tensors .* no place for.*layers\.2\.mlp\.fc1\.bias"):
         models.load(folder)
-
-
-def test_links_out_of_the_folder_are_opt_in(whole: Path, tmp_path: Path) -> None:
-    hub = tmp_path / "hub"
-    hub.mkdir()
-    shutil.copyfile(whole / "config.json", hub / "config.json")
-    (hub / SINGLE).symlink_to(whole / SINGLE)
-    with pytest.raises(InputError, match=rf"{SINGLE}: links to .*--follow-links"):
-        models.load(hub)
-    assert same(models.load(hub, follow_links=True)[1], models.load(whole)[1])
-
-
-# --- what is refused: tensors
-
-
-def nan(tensors: dict[str, np.ndarray]) -> None:
-    tensors[Q][1, 2] = np.nan
-
-
-def infinite(tensors: dict[str, np.ndarray]) -> None:
-    tensors[Q][0, 0] = -np.inf
-
-
-TENSORS: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], str]] = {
-    "nan": (nan, rf"{SINGLE}: tensor '{Q}' has NaN or infinite"),
-    "infinite": (infinite, rf"{SINGLE}: tensor '{Q}' has NaN or infinite"),
-    "missing": (lambda t: t.pop(Q), rf"1 tensors are missing, the first is '{Q}'"),
-    "missing vision": (lambda t: t.pop("vision_tower.embeddings.class_embedding"), "'vision_tower.embeddings.class_embedding'"),
-    "empty": (lambda t: t.clear(), "tensors are missing"),
-    "extra": (lambda t: t.update(surprise=np.zeros(3, np.float32)), "1 tensors that config.json has no place for.*'surprise'"),
-    "extra bias": (lambda t: t.update({Q.replace("weight", "bias"): np.zeros(16, np.float32)}), r"no place for.*q_proj\.bias"),
-    "shape": (lambda t: t.update({Q: np.zeros((16, 24), np.float32)}), rf"tensor '{Q}' has shape \(16, 24\).*\(16, 16\)"),
-    "scalar": (lambda t: t.update({Q: np.asarray(1, np.float32)}), rf"tensor '{Q}' has shape \(\)"),
-    "no entries": (lambda t: t.update({Q: np.zeros((0, 16), np.float32)}), rf"tensor '{Q}' has shape \(0, 16\)"),
-    "integers": (lambda t: t.update({Q: np.zeros((16, 16), np.int8)}), rf"{SINGLE}: tensor '{Q}' is I8; expected F32, BF16, F16"),
-    "doubles": (lambda t: t.update({Q: np.zeros((16, 16))}), rf"tensor '{Q}' is F64"),
-}
-
-
-@pytest.mark.parametrize("kind", TENSORS)
-def test_tensors_are_refused(kind: str, whole: Path, tmp_path: Path) -> None:
-    change, message = TENSORS[kind]
-    folder = change_tensors(copy(whole, tmp_path / "m"), change)
-    with pytest.raises(InputError, match=message) as refused:
-        models.load(folder)
-    assert str(folder) in str(refused.value)
-
-
-# --- what is refused: files
-
-
-def truncated(folder: Path) -> None:
-    raw = (folder / SINGLE).read_bytes()
-    (folder / SINGLE).write_bytes(raw[:-100])
-
-
-def longer(folder: Path) -> None:
-    (folder / SINGLE).write_bytes((folder / SINGLE).read_bytes() + b"0")
-
-
-def twice(folder: Path) -> None:
-    entries, data = header(folder / SINGLE)
-    text = json.dumps(entries)
-    write_header(folder / SINGLE, text[:-1] + f", {json.dumps(Q)}: {json.dumps(entries[Q])}}}", data)
-
-
-def escaped_twice(folder: Path) -> None:
-    """The same name, spelled with an escape."""
-    entries, data = header(folder / SINGLE)
-    text = json.dumps(entries)
-    name = json.dumps(Q).replace("q_proj", "\\u0071_proj")
-    write_header(folder / SINGLE, text[:-1] + f", {name}: {json.dumps(entries[Q])}}}", data)
-
-
-def lower_dtype(folder: Path) -> None:
-    entries, data = header(folder / SINGLE)
-    entries[Q]["dtype"] = "f32"
-    write_header(folder / SINGLE, json.dumps(entries), data)
-
-
-def overlapping(folder: Path) -> None:
-    entries, data = header(folder / SINGLE)
-    entries[Q]["data_offsets"] = [0, 1024]
-    write_header(folder / SINGLE, json.dumps(entries), data)
-
-
-def pickled(folder: Path) -> None:
-    (folder / SINGLE).rename(folder / "pytorch_model.bin")
-
-
-def both(folder: Path) -> None:
-    (folder / INDEX).write_text(json.dumps({"weight_map": {Q: SINGLE}}))
-
-
-def directory(folder: Path) -> None:
-    (folder / SINGLE).unlink()
-    (folder / SINGLE).mkdir()
-
-
-FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated": (truncated, rf"{SINGLE}: not a whole safetensors file"),
-    "longer": (longer, rf"{SINGLE}: not a whole safetensors file"),
-    "empty": (lambda f: (f / SINGLE).write_bytes(b""), rf"{SINGLE}: not a whole safetensors file"),
-    "no header": (lambda f: (f / SINGLE).write_bytes(b"\xff" * 64), rf"{SINGLE}: not a whole safetensors file"),
-    "pointer": (lambda f: (f / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\n"), "not a whole safetensors file"),
-    "twice": (twice, rf"{SINGLE}: tensor '{Q}' stands twice"),
-    "escaped twice": (escaped_twice, rf"{SINGLE}: tensor '{Q}' stands twice"),
-    "lower-case dtype": (lower_dtype, rf"{SINGLE}: not a whole safetensors file"),
-    "overlapping": (overlapping, rf"{SINGLE}: not a whole safetensors file"),
-    "pickled": (pickled, r"neither model.safetensors nor .*pytorch_model\.bin is pickled"),
-    "nothing": (lambda f: (f / SINGLE).unlink(), f"neither {SINGLE} nor {INDEX}$"),
-    "both": (both, f"both {SINGLE} and {INDEX}"),
-    "directory": (directory, f"neither {SINGLE} nor {INDEX}"),
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_files_are_refused(kind: str, whole: Path, tmp_path: Path) -> None:
-    change, message = FILES[kind]
-    folder = copy(whole, tmp_path / "m")
-    change(folder)
-    with pytest.raises(InputError, match=message) as refused:
-        models.load(folder)
-    assert str(folder) in str(refused.value)
-
-
-NAMES = [
-    "../m/model-00001-of-00002.safetensors",
-    "/etc/x.safetensors",
-    "..",
-    "a\\b.safetensors",
-    "x.safetensors\0",
-    "x.bin",
-    "",
-    3,
-    None,
-]
-NAMES += [["x.safetensors"], "\ud800.safetensors", ".safetensors", "x\n.safetensors"]
-
-
-@pytest.mark.parametrize("name", NAMES, ids=repr)
-def test_shard_names_are_refused(name: Any, sharded: Path, tmp_path: Path) -> None:
-    folder = copy(sharded, tmp_path / "m")
-    change_json(folder / INDEX, lambda v: v["weight_map"].update({Q: name}))
-    with pytest.raises(InputError) as refused:
-        models.load(folder)
-    assert INDEX in str(refused.value) and Q in str(refused.value)
-
-
-def shard_of(folder: Path) -> Path:
-    shard: str = json.loads((folder / INDEX).read_text())["weight_map"][Q]
-    return folder / shard
-
-
-def missing_shard(folder: Path) -> str:
-    shard_of(folder).unlink()
-    return shard_of(folder).name
-
-
-def circle(folder: Path) -> str:
-    shard = shard_of(folder)
-    shard.unlink()
-    shard.symlink_to(shard.name)
-    return shard.name
-
-
-def outside(folder: Path) -> str:
-    shard = shard_of(folder)
-    shard.rename(folder.parent / "elsewhere.safetensors")
-    shard.symlink_to("../elsewhere.safetensors")
-    return f"{shard.name}: links to "
-
-
-def absent(folder: Path) -> str:
-    tensors = load_file(shard_of(folder))
-    save_file({k: v for k, v in tensors.items() if k != Q}, shard_of(folder))
-    return f"{shard_of(folder).name}: tensor '{Q}' is missing"
-
-
-def in_two_shards(folder: Path) -> str:
-    other = next(f for f in sorted(folder.glob("*.safetensors")) if f != shard_of(folder))
-    save_file(load_file(other) | {Q: load_file(shard_of(folder))[Q]}, other)
-    return f"tensor '{Q}' stands in "
-
-
-def no_map(folder: Path) -> str:
-    (folder / INDEX).write_text("{}")
-    return f"{INDEX}: no weight_map"
-
-
-def repeated_key(folder: Path) -> str:
-    (folder / INDEX).write_text('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}')
-    return f"{INDEX}: the key 'a' stands twice"
-
-
-@pytest.mark.parametrize("change", [missing_shard, circle, outside, absent, in_two_shards, no_map, repeated_key])
-def test_shards_are_refused(change: Callable[[Path], str], sharded: Path, tmp_path: Path) -> None:
-    folder = copy(sharded, tmp_path / "m")
-    message = change(folder)
-    with pytest.raises(InputError) as refused:
-        models.load(folder)
-    assert message in str(refused.value)
 
 
 # --- what is refused: config.json
