@@ -55,6 +55,7 @@ def run(*arguments: Any) -> int:
     return main([str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_from_a_folder_to_an_answer(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data", home / "set.jsonl"]
     assert run("convert", home / "model", "--out", home / "flax") == 0
