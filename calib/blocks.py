@@ -70,8 +70,7 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
     empty = True
     for batch in batches:
         empty = False
-        model.check(batch)
-        out = jax.tree.map(np.asarray, run(outer, dict(batch)))
+        out = jax.tree.map(np.asarray, run(outer, model.prepare(batch)))
         yield Hidden(out.x, out.context)
     if empty:
         raise InputError("calibration: the set is empty; give at least one image with a question and an answer")
@@ -88,9 +87,8 @@ def place(mesh: Mesh, tree: Any) -> Any:
 
 
 @cache
-def forward(model: Any, mesh: Mesh) -> Callable[[Params, Sequence[Hidden]], list[Hidden]]:
-    """Return a function that maps hidden batches through one block, given the block's parameters."""
-    block = model.block()
+def forward(block: Any, mesh: Mesh) -> Callable[[Params, Sequence[Hidden]], list[Hidden]]:
+    """Return a function that maps hidden batches through a block, given its parameters."""
     step = sharded(lambda p, x, context: block.apply({"params": p}, x, context), mesh, (P(), P("data"), P("data")), P("data"))
 
     def run(p: Params, hiddens: Sequence[Hidden]) -> list[Hidden]:
@@ -102,6 +100,11 @@ def forward(model: Any, mesh: Mesh) -> Callable[[Params, Sequence[Hidden]], list
         return outs
 
     return run
+
+
+def after(i: int, hidden: Hidden) -> Hidden:
+    """Return what the next block reads, given block ``i``'s output."""
+    return Hidden(hidden.context.add_deepstack(i, hidden.x), hidden.context)
 
 
 stack_rows = partial(jax.tree.map, lambda *a: np.concatenate(a))

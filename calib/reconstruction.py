@@ -22,6 +22,7 @@ from splitq_jax.calib.blocks import (
     Batch,
     Hidden,
     Params,
+    after,
     block_name,
     block_params,
     data_mesh,
@@ -124,8 +125,6 @@ def fit(
     data = merge(list(embed(model, params, batches)))
     held = list(held_out)
     test = merge(list(embed(model, params, held))) if held else None
-    advance = forward(model, mesh)
-    step, optimizer, measure = _functions(model, mesh, config, data.x.shape[0])
     orders = _orders(data.x.shape[0], config)
     depth = model.config.num_layers
     task = None if progress is None else progress.add_task("training blocks", total=depth * len(orders))
@@ -133,6 +132,8 @@ def fit(
     for i in range(depth):
         teacher, student = block_params(params, i), block_params(prepared, i)
         sites = {k: v for k, v in kernels(student).items() if isinstance(v, TrainableSplit)}
+        advance = forward(model.block(i), mesh)
+        step, optimizer, measure = _functions(model.block(i), mesh, config, data.x.shape[0])
         (y,) = advance(teacher, [data])
         (y_test,) = advance(teacher, [test]) if test is not None else (None,)
         probe, probe_y = (data, y) if test is None or y_test is None else (test, y_test)
@@ -161,7 +162,7 @@ def fit(
         errors.append(error)
         student = replace_kernels(student, {n: with_learnable(site, theta[n]) for n, site in sites.items()})
         prepared = {**prepared, "decoder": {**prepared["decoder"], f"blocks_{i}": student}}
-        data, test = y, y_test
+        data, test = after(i, y), None if y_test is None else after(i, y_test)
     return prepared, errors
 
 
@@ -194,8 +195,7 @@ def token_weights(loss: Loss, x: Float[Array, "B L D"], y: Float[Array, "B L D"]
 
 
 @cache  # what is compiled for one recipe serves all schemes and seeds
-def _functions(model: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple[Any, Any, Callable[..., float]]:
-    block = model.block()
+def _functions(block: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple[Any, Any, Callable[..., float]]:
     steps = len(_orders(samples, config))
 
     def rate(start: float) -> Any:

@@ -21,6 +21,7 @@ from splitq_jax.calib.blocks import (
     Batch,
     Hidden,
     Params,
+    after,
     block_name,
     block_params,
     data_mesh,
@@ -71,11 +72,11 @@ def collect(
     hiddens = list(embed(model, params, batches))
     check_modalities(hiddens, one_modality)
     stats = _vision_stats(model, params, batches) if vision_tower else {}
-    first_pass, second_pass = _passes(model, mesh, skip_first, gram)
     depth = model.config.num_layers
     task = None if progress is None else progress.add_task("collecting statistics", total=depth)
     for i in range(depth):
         p = block_params(params, i)
+        first_pass, second_pass = _passes(model.block(i), mesh, skip_first, gram)
         sums: dict[str, dict[str, np.ndarray]] = {}
         outs = []
         for hidden in hiddens:
@@ -101,7 +102,7 @@ def collect(
                 vision_channels=jnp.asarray(chosen[n], jnp.int32),
                 ranks=jnp.asarray(ranks[n]),
             )
-        hiddens = outs
+        hiddens = [after(i, h) for h in outs]
         if progress is not None and task is not None:
             progress.advance(task)
     return stats
@@ -119,7 +120,7 @@ def check_modalities(hiddens: list[Hidden], one_modality: bool = False) -> None:
 def _texts(hidden: Hidden, skip_first: bool) -> Bool[np.ndarray, "B L"]:
     context = hidden.context
     scored = context.valid & context.is_text
-    return np.asarray(scored & (context.positions > 0) if skip_first else scored)
+    return np.asarray(scored & (context.positions[..., 0] > 0) if skip_first else scored)
 
 
 def text_positions(hidden: Hidden, skip_first: bool, most: int) -> dict[str, np.ndarray]:
@@ -143,9 +144,7 @@ def _add(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.nda
 
 
 @cache
-def _passes(model: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, Any]:
-    block = model.block()
-
+def _passes(block: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, Any]:
     def inputs(p: Params, x: Array, context: Any) -> tuple[Array, dict[str, Array]]:
         y, state = block.apply({"params": p}, x[None], jax.tree.map(lambda a: a[None], context), mutable=["inputs"])
         return y[0], {name: entry["kernel"][0][0] for name, entry in state["inputs"].items()}
@@ -154,7 +153,7 @@ def _passes(model: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, 
         def one(grams: dict[str, Array], sample: tuple[Array, Any]) -> tuple[dict[str, Array], Any]:
             x, context = sample
             y, sites = inputs(p, x, context)
-            is_first = context.valid & context.is_text & (context.positions == 0) & skip_first
+            is_first = context.valid & context.is_text & (context.positions[..., 0] == 0) & skip_first
             classes = {VISION: ~context.is_text, TEXT: context.is_text & ~is_first, FIRST: is_first}
             masks = jnp.stack([classes[c] & context.valid for c in range(3)])  # 3 L
             live = {n: jnp.where(context.valid[:, None], v, 0) for n, v in sites.items()}
@@ -205,7 +204,7 @@ def _vision_stats(model: Any, params: Params, batches: list[Batch]) -> dict[str,
 
     total: dict[str, dict[str, np.ndarray]] = {}
     for batch in batches:
-        part = jax.tree.map(np.asarray, run(params, dict(batch)))
+        part = jax.tree.map(np.asarray, run(params, model.prepare(batch)))
         total = part if not total else {path: _add(total[path], part[path]) for path in part}
     out = {}
     for path, s in total.items():

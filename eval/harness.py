@@ -99,7 +99,7 @@ def evaluate(
     """Score a model.
 
     Args:
-      model: the Flax model (``embed``, ``block``, ``unembed``), hashable, so that its compiled functions are kept between calls.
+      model: the Flax model (``prepare``, ``embed``, ``block``, ``unembed``), hashable, so that its compiled functions are kept between calls.
       params: its parameters; kernels may be typed leaves.
       batches: the model's input with ``targets`` (B, L), the id of the answer token that a position predicts or -1, and
         ``question`` (B, L), the number of the question that it answers. All tokens of a question lie in one row.
@@ -179,9 +179,9 @@ def _outer(params: Params) -> Params:
 
 
 def _forward(model: Any, params: Params, outer: Params, batch: Batch) -> Float[Array, "B L D"]:
-    x, context = _embed(model, outer, {k: v for k, v in batch.items() if k not in LABELS})
+    x, context = _embed(model, outer, model.prepare({k: v for k, v in batch.items() if k not in LABELS}))
     for i in range(model.config.num_layers):
-        x = _block(model, params["decoder"][f"blocks_{i}"], x, context)
+        x = context.add_deepstack(i, _block(model.block(i), params["decoder"][f"blocks_{i}"], x, context))
     return x
 
 
@@ -191,9 +191,9 @@ def _embed(model: Any, outer: Params, batch: dict[str, Array]) -> tuple[Float[Ar
     return out.x, out.context
 
 
-@partial(jax.jit, static_argnames="model")
-def _block(model: Any, params: Params, x: Float[Array, "B L D"], context: Any) -> Float[Array, "B L D"]:
-    y: Array = model.block().apply({"params": params}, x, context)
+@partial(jax.jit, static_argnames="block")
+def _block(block: Any, params: Params, x: Float[Array, "B L D"], context: Any) -> Float[Array, "B L D"]:
+    y: Array = block.apply({"params": params}, x, context)
     return y
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
-from splitq_jax.models.decoder import Context, KVCache
+from splitq_jax.models.decoder import Context, KVCache, step_mask
 
 Params = dict[str, Any]
 
@@ -35,8 +35,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: expected at least 1")
-    batch = {name: np.asarray(value) for name, value in batch.items() if value is not None}
-    model.check(batch)
+    batch = model.prepare(batch)
     if batch.get("segments") is not None:
         raise InputError("segments: packed rows cannot be continued; give one question a row")
     mask = batch.get("attention_mask")
@@ -71,7 +70,7 @@ def prefill(model: Any, params: Params, batch: Params, room: int) -> tuple[Int[A
     caches = [KVCache(empty, empty) for _ in range(model.config.num_layers)]
     x, caches = _blocks(model, params, x, context, caches, jnp.zeros((), jnp.int32))
     used = jnp.pad(context.valid, ((0, 0), (0, room)))
-    return _likeliest(model, params, x), (caches, used, jnp.int32(length), context.positions[:, -1] + 1)
+    return _likeliest(model, params, x), (caches, used, jnp.int32(length), jnp.max(context.positions, axis=(1, 2)) + 1)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -80,7 +79,9 @@ def step(model: Any, params: Params, token: Int[Array, " B"], state: State) -> t
     caches, used, at, positions = state
     used = used.at[:, at].set(True)
     everywhere = jnp.ones((token.shape[0], 1), bool)
-    context = Context(positions[:, None], used[:, None, None, :], everywhere, everywhere)
+    text = model.config.text
+    turns = jnp.broadcast_to(positions[:, None, None], (*token.shape, 1, text.ropes[0].axes))
+    context = Context(turns, step_mask(used, at, text.window), everywhere, everywhere)
     x = model.apply({"params": params}, token[:, None], method="embed_text")
     x, caches = _blocks(model, params, x, context, caches, at)
     return _likeliest(model, params, x), (caches, used, at + 1, positions + 1)
@@ -89,9 +90,10 @@ def step(model: Any, params: Params, token: Int[Array, " B"], state: State) -> t
 def _blocks(
     model: Any, params: Params, x: Float[Array, "B L D"], context: Context, caches: list[KVCache], at: Int[Array, ""]
 ) -> tuple[Float[Array, "B L D"], list[KVCache]]:
-    block, out = model.block(), []
+    out = []
     for i, cache in enumerate(caches):
-        x, new = block.apply({"params": params["decoder"][f"blocks_{i}"]}, x, context, cache, at)
+        x, new = model.block(i).apply({"params": params["decoder"][f"blocks_{i}"]}, x, context, cache, at)
+        x = context.add_deepstack(i, x)
         out.append(new)
     return x, out
 

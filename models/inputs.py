@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from splitq_jax.errors import InputError
 from splitq_jax.models.convert import read_config
-from splitq_jax.models.llava import LlavaConfig
+from splitq_jax.models.families import model_of
 from splitq_jax.models.weights import read_json
 
 # what is copied beside converted or quantized parameters, so that the folder loads by itself
@@ -105,7 +105,7 @@ class Processor:
       image_token: the placeholder.
     """
 
-    def __init__(self, config: LlavaConfig, tokenizer: Any, image_processor: Any, image_token: str) -> None:
+    def __init__(self, config: Any, tokenizer: Any, image_processor: Any, image_token: str) -> None:
         self.config, self.tokenizer, self.image_processor, self.image_token = config, tokenizer, image_processor, image_token
         found = tokenizer.convert_tokens_to_ids(image_token)
         if found != config.image_token_id:
@@ -121,7 +121,7 @@ class Processor:
         from transformers import AutoTokenizer
 
         folder = Path(folder)
-        config = LlavaConfig.from_hf(read_config(folder))
+        config = model_of(read_config(folder)).config
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"{folder}: no tokenizer.json; copy the tokenizer's files into the folder")
         for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):

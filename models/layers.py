@@ -1,4 +1,4 @@
-"""What the families share: linear layers that take typed leaves, norms, rotary embedding, grouped attention, gated MLP."""
+"""What the families share: linear layers that take typed leaves, norms, grouped attention."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from splitq_jax.errors import InputError
 from splitq_jax.linear import linear
@@ -114,17 +114,20 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in float32."""
+    """Root-mean-square norm, computed in float32; ``centered`` scales by ``1 + scale``, in float32 too (Gemma)."""
 
     eps: float
+    centered: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """Normalise the last axis."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],)).reshape((1,) * (x.ndim - 1) + (-1,))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        if self.centered:
+            return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -144,27 +147,18 @@ class LayerNorm(nn.Module):
         return (y * scale.astype(jnp.float32).reshape(shape) + bias.astype(jnp.float32).reshape(shape)).astype(x.dtype)
 
 
-def rotate(
-    x: Float[Array, "B L H d"], positions: Int[Array, "B L"], frequencies: Float[Array, " d_2"], scaling: float
-) -> Float[Array, "B L H d"]:
-    """Apply the rotary embedding, the two halves of a head being the two coordinates (arXiv 2104.09864, Llama's layout)."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies.reshape(1, 1, -1)  # B L d/2
-    cos, sin = (f(angles)[:, :, None, :] * scaling for f in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
 def attend(
     q: Float[Array, "B L H d"],
     k: Float[Array, "B S G d"],
     v: Float[Array, "B S G d"],
     mask: Bool[Array, "B 1 L S"] | None,
+    scale: float | None = None,
 ) -> Float[Array, "B L D"]:
-    """Attention with H query heads over G key/value heads; softmax in float32."""
+    """Attention with H query heads over G key/value heads; softmax in float32; ``scale`` is ``d^-1/2`` unless given."""
     batch, length, heads, size = q.shape
     groups = k.shape[2]
     grouped = q.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("blgrd,bsgd->bgrls", grouped, k).astype(jnp.float32) * size**-0.5
+    scores = jnp.einsum("blgrd,bsgd->bgrls", grouped, k).astype(jnp.float32) * (size**-0.5 if scale is None else scale)
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, np.finfo(np.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

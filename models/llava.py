@@ -1,18 +1,21 @@
 """LLaVA (arXiv 2304.08485), as Hugging Face's ``LlavaForConditionalGeneration``: vision tower, two-layer projector, Llama decoder."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from splitq_jax.errors import InputError
-from splitq_jax.models.decoder import Block, Context, Decoder, DecoderConfig, causal_mask
+from splitq_jax.models.decoder import Decoder, DecoderConfig
 from splitq_jax.models.layers import LARGEST, Linear, activation, check_types
+from splitq_jax.models.model import VisionLanguageModel, check_pixels
+from splitq_jax.models.names import Source, Spelling, Table
 from splitq_jax.models.vision import VisionConfig, VisionTower
 
 MAX_IMAGE_TOKENS = 1 << 16
@@ -41,6 +44,7 @@ class LlavaConfig:
     tied: bool
 
     def __post_init__(self) -> None:
+        activation(self.projector_hidden_act)
         if not 0 <= self.image_token_id < LARGEST:
             raise InputError(f"config.json: image_token_id {self.image_token_id}; expected 0 to {LARGEST - 1}")
         if not 0 < self.tokens_per_image <= MAX_IMAGE_TOKENS:
@@ -89,6 +93,11 @@ class LlavaConfig:
         return self.text.num_layers
 
     @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Tokens that image features replace."""
+        return (self.image_token_id,)
+
+    @property
     def feature_layers(self) -> tuple[int, ...]:
         """The vision layers that are read, counted from 0 (before the first block)."""
         count = self.vision.num_layers + 1
@@ -105,18 +114,29 @@ class LlavaConfig:
         return self.vision.num_tokens - self.drops_first
 
 
-@struct.dataclass
-class Hidden:
-    """Embedded tokens at the door of the decoder."""
-
-    x: Float[Array, "B L D"]
-    context: Context
-
-
-class Llava(nn.Module):
+class Llava(VisionLanguageModel):
     """The model; apply it to a float or a quantized parameter tree."""
 
     config: LlavaConfig
+    # in transformers 5's memory, on its disk, and in older files: model.language_model.*, language_model.model.*,
+    # vision_tower.vision_model.*
+    spelling = Spelling(
+        rules=(
+            (r"^model\.language_model\.", "language_model.model."),
+            (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),
+            (r"^lm_head\.", "language_model.lm_head."),
+            (r"^vision_tower\.vision_model\.", "vision_tower."),
+        ),
+        # read by nothing up to the selected vision layer
+        unused=r"vision_tower\.(post_layernorm\.|head\.|embeddings\.position_ids).*|.*\.rotary_emb\.inv_freq",
+        head="language_model.lm_head.weight",
+        embedding="language_model.model.embed_tokens.weight",
+    )
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Llava":
+        """Return the model of a ``config.json``; see `LlavaConfig.from_hf`."""
+        return cls(LlavaConfig.from_hf(config))
 
     def setup(self) -> None:
         """Create the parts; their names are the parameter tree's."""
@@ -126,108 +146,69 @@ class Llava(nn.Module):
         self.decoder = Decoder(c.text, c.tied)
 
     @nn.nowrap
-    def block(self) -> Block:
-        """Return the decoder block's module, to be applied to one block's parameters."""
-        return Block(self.config.text, parent=None)
+    def table(self) -> dict[str, Source]:
+        """Return the source of every leaf, by its path."""
+        c, t = self.config, Table()
+        t.tower(c.vision, max(c.feature_layers), "vision_tower")
+        widths = c.vision.hidden_size * len(c.feature_layers), c.text.hidden_size
+        for i, inputs in enumerate(widths, start=1):
+            t.linear(f"projector/fc{i}", [f"multi_modal_projector.linear_{i}"], inputs, [c.text.hidden_size], c.projector_bias)
+        t.decoder(c.text, c.tied, "language_model.model", "language_model.lm_head")
+        return t.sources
+
+    @nn.nowrap
+    def is_unused(self, name: str) -> bool:
+        """Say whether a tensor is read by nothing: past the selected vision layer, or unused in all LLaVAs."""
+        found = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
+        past = found is not None and max(self.config.feature_layers) <= int(found[1]) < self.config.vision.num_layers
+        return past or super().is_unused(name)
+
+    @nn.nowrap
+    def unread(self) -> dict[str, Float[np.ndarray, "..."]]:
+        """Return the tower's last norm, which transformers has and LLaVA never reads.
+
+        Raises:
+          InputError: the tower is cut after the selected layer.
+        """
+        c, kept = self.config, max(self.config.feature_layers)
+        if kept != c.vision.num_layers:
+            raise InputError(f"vision tower: {kept} of {c.vision.num_layers} layers are kept; only a whole tower can be exported")
+        weight = np.ones(c.vision.hidden_size, np.float32)
+        return {"vision_tower.post_layernorm.weight": weight, "vision_tower.post_layernorm.bias": 0 * weight}
+
+    @nn.nowrap
+    def example(self) -> dict[str, Any]:
+        """Return a smallest batch with an image."""
+        c = self.config
+        pixels = jax.ShapeDtypeStruct((1, c.vision.num_channels, c.vision.image_size, c.vision.image_size), jnp.float32)
+        return {"input_ids": jax.ShapeDtypeStruct((1, c.tokens_per_image), jnp.int32), "pixel_values": pixels}
 
     @nn.nowrap
     def check(self, batch: Mapping[str, Any]) -> None:
         """Check a batch of host arrays before it is traced.
 
         Raises:
-          InputError: arrays of another type or shape; token ids outside the vocabulary; pixel values that are not finite or of another
-            size; another number of image placeholders than of image features; an image whose placeholders are not all in one sample.
+          InputError: what `VisionLanguageModel.check` refuses; pixel values that are not finite or of another size; another number of
+            image placeholders than of image features; an image whose placeholders are not all in one sample.
         """
-        c = self.config
-        ids = np.asarray(batch.get("input_ids", ()))
-        if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
-            raise InputError(f"input_ids: {ids.dtype}{list(ids.shape)}; expected integers (samples, length)")
-        for name in ("attention_mask", "positions", "segments"):
-            if batch.get(name) is not None and np.shape(batch[name]) != ids.shape:
-                raise InputError(f"{name}: shape {np.shape(batch[name])}; expected that of input_ids, {ids.shape}")
-        image = ids == c.image_token_id
-        outside = ids[~image & ((ids < 0) | (ids >= c.text.vocab_size))]
-        if outside.size:
-            raise InputError(f"input_ids: token id {outside[0]}; the vocabulary has {c.text.vocab_size}")
-        pixels = batch.get("pixel_values")
+        super().check(batch)
+        c, pixels = self.config, batch.get("pixel_values")
         if pixels is not None:
-            size = (c.vision.num_channels, c.vision.image_size, c.vision.image_size)
-            pixels = np.asarray(pixels)
-            if pixels.ndim != 4 or pixels.shape[1:] != size:
-                raise InputError(f"pixel_values: shape {pixels.shape}; expected (images, {', '.join(map(str, size))})")
-            if not jnp.issubdtype(pixels.dtype, jnp.floating):
-                raise InputError(f"pixel_values: {pixels.dtype}; expected the floats that the image processor makes")
-            if not np.isfinite(pixels).all():
-                raise InputError("pixel_values: not finite; check the images")
+            check_pixels(pixels, ("images", c.vision.num_channels, c.vision.image_size, c.vision.image_size), "pixel_values")
         count = 0 if pixels is None else len(pixels)
-        placed = image.sum(axis=1)
+        placed = (np.asarray(batch["input_ids"]) == c.image_token_id).sum(axis=1)
         if placed.sum() != count * c.tokens_per_image or (placed % c.tokens_per_image).any():
             found = ", ".join(map(str, placed[:8]))
             raise InputError(
                 f"input_ids: {found} image placeholders a sample with {count} images in all; an image takes {c.tokens_per_image}"
             )
 
-    def features(self, pixel_values: Float[Array, "N C H W"]) -> Float[Array, "N T D"]:
+    def features(self, pixel_values: Float[Array, "N C H W"]) -> list[Float[Array, "M D"]]:
         """Return the projected image tokens."""
         states = self.vision(pixel_values)
         picked = [states[i][:, 1:] if self.config.drops_first else states[i] for i in self.config.feature_layers]
-        out: Float[Array, "N T D"] = self.projector(jnp.concatenate(picked, axis=-1))
-        return out
-
-    def embed(
-        self,
-        input_ids: Int[Array, "B L"],
-        pixel_values: Float[Array, "N C H W"] | None = None,
-        attention_mask: Bool[Array, "B L"] | None = None,
-        positions: Int[Array, "B L"] | None = None,
-        segments: Int[Array, "B L"] | None = None,
-    ) -> Hidden:
-        """Embed tokens and put the image features, in order, where the placeholders are.
-
-        Args:
-          input_ids: tokens, ``image_token_id`` for each image feature.
-          pixel_values: N images, over all samples in order.
-          attention_mask: False for padding; None for no padding.
-          positions: of the rotary embedding; None: counted over the tokens that are not padding.
-          segments: 0 for a shared prefix, s >= 1 for independent continuations of it.
-        """
-        ids = jnp.asarray(input_ids)
-        is_image = ids == self.config.image_token_id
-        valid = jnp.ones(ids.shape, bool) if attention_mask is None else jnp.asarray(attention_mask).astype(bool)
-        if positions is None:
-            positions = jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
-        x = self.decoder.embed(jnp.where(is_image, 0, ids))
-        if pixel_values is not None and len(pixel_values):
-            features = self.features(jnp.asarray(pixel_values))
-            flat = features.reshape(-1, features.shape[-1]).astype(x.dtype)
-            slot = jnp.cumsum(is_image.reshape(-1).astype(jnp.int32)) - 1
-            placed = flat[jnp.clip(slot, 0, flat.shape[0] - 1)].reshape(x.shape)
-            x = jnp.where(is_image[..., None], placed, x)
-        context = Context(jnp.asarray(positions), causal_mask(valid, segments), valid & ~is_image, valid)
-        return Hidden(x, context)
-
-    def embed_text(self, input_ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Embed tokens of the vocabulary; a placeholder that the model wrote itself is no image."""
-        x: Float[Array, "B L D"] = self.decoder.embed(jnp.asarray(input_ids))
-        return x
-
-    def unembed(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Return the logits of hidden states after the last block."""
-        logits: Float[Array, "*B V"] = self.decoder.unembed(x)
-        return logits
-
-    def __call__(
-        self,
-        input_ids: Int[Array, "B L"],
-        pixel_values: Float[Array, "N C H W"] | None = None,
-        attention_mask: Bool[Array, "B L"] | None = None,
-        positions: Int[Array, "B L"] | None = None,
-        segments: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B L V"]:
-        """Return logits; see `embed` for the arguments."""
-        hidden = self.embed(input_ids, pixel_values, attention_mask, positions, segments)
-        logits: Float[Array, "B L V"] = self.decoder(hidden.x, hidden.context)
-        return logits
+        rows: Float[Array, "N T D"] = self.projector(jnp.concatenate(picked, axis=-1))
+        return [rows.reshape(-1, rows.shape[-1])]
 
 
 class Projector(nn.Module):

@@ -29,6 +29,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         names = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_channels")
         check_sizes("vision_config", **{name: getattr(self, name) for name in names})
+        activation(self.hidden_act)
         if self.hidden_size % self.num_heads:
             raise InputError(f"config.json: vision hidden_size {self.hidden_size} is no multiple of its {self.num_heads} heads")
         if self.patch_size > self.image_size:

@@ -31,6 +31,9 @@ class Context:
     is_text: Any
     valid: Any
 
+    def add_deepstack(self, i: int, x: Any) -> Any:
+        return x
+
 
 @struct.dataclass
 class Hidden:
@@ -73,8 +76,11 @@ class Fake(nn.Module):
         self.table = self.param("table", nn.initializers.normal(1.0), (VOCABULARY, self.config.width))
         self.head = self.param("head", nn.initializers.normal(1.0), (self.config.width, VOCABULARY))
 
-    def block(self) -> Block:
+    def block(self, i: int = 0) -> Block:
         return Block(self.config, parent=None)
+
+    def prepare(self, batch: Any) -> Any:
+        return dict(batch)
 
     def embed(self, input_ids: Any, pixel_values: Any, attention_mask: Any, positions: Any, segments: Any) -> Hidden:
         length = input_ids.shape[1]

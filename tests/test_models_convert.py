@@ -111,8 +111,8 @@ def put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 CONFIGS: list[tuple[tuple[str, ...], Any, str]] = [
     (("auto_map",), {"AutoModel": "modeling.Model"}, "auto_map"),
     (("text_config", "auto_map"), {"AutoModel": "modeling.Model"}, "auto_map"),
-    (("model_type",), "llava_next", "'llava_next'; supported is llava"),
-    (("text_config", "model_type"), "qwen2", "'qwen2'; supported is llama"),
+    (("model_type",), "llava_next", "'llava_next'; supported are llava"),
+    (("text_config", "model_type"), "phi3", "'phi3'; supported are gemma3_text, llama"),
     (("vision_config", "model_type"), "pixtral", "'pixtral'; supported are"),
     (("text_config",), [1], "text_config is a list"),
     (("text_config",), {}, "are missing"),
