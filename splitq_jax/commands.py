@@ -29,8 +29,8 @@ from splitq_jax.output import make_console, output_folder, progress_bar
 from splitq_jax.pipeline import CHANNELS, Setup, channels_of, quantized, result_row, source
 
 RECIPE_FLAGS = (
-    *("select", "clusters", "side_bits", "transform", "clip", "cws", "mac", "cws_rate", "mac_rate", "mac_tokens"),
-    *("svd_per", "cws_start", "mac_start", "rounding", "train", "vision", "sites"),
+    *("select", "clusters", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
+    *("cws_rate", "mac_rate", "mac_tokens", "svd_per", "cws_start", "mac_start", "rounding", "train", "vision", "sites"),
 )
 FIT_FLAGS = ("epochs", "steps", "batch", "transform_rate", "clip_rate", "loss", "epsilon")
 

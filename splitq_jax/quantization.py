@@ -25,7 +25,6 @@ from splitq_jax.site import LearnedGroup, TrainableSplit, clip_factors, split, u
 from splitq_jax.transforms import Transform, apply
 
 Params = dict[str, Any]
-CLIP_START = 4.0  # logit of the weights' clipping factors, FlatQuant's
 
 
 def kernels(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -125,16 +124,16 @@ def prepare_site(
         perm, k_text, k_vision = mocd.select(stats, recipe.select, recipe.clusters, seed)
     sizes = tuple(k for k in (width - k_text - k_vision, k_text, k_vision) if k)
     x_absmax = jnp.ones(width) if stats is None else jnp.max(stats.absmax, axis=0)
-    side_w_bits, side_a_bits = recipe.side
     groups = []
     for i, (x_max, rows) in enumerate(zip(split(x_absmax[perm], sizes, 0), split(w[perm], sizes, 0), strict=True)):
-        bits = recipe.main_bits[1] if i == 0 else side_a_bits
-        clip = logit(gaussian_clip(bits, rows.shape[0]))
+        w_bits, a_bits = recipe.main_bits if i == 0 else recipe.side
+        lwc, lac = (gaussian_clip(bits, rows.shape[0]) for bits in (w_bits, a_bits))
+        lwc = lwc if recipe.lwc_start is None else recipe.lwc_start
         groups.append(
             LearnedGroup(
                 start_transform(recipe, x_max, rows, seed),
-                jnp.full((2, w.shape[1]), CLIP_START, jnp.float32) if recipe.clip else None,
-                jnp.full((2,), clip, jnp.float32) if recipe.clip else None,
+                jnp.full((2, w.shape[1]), logit(lwc), jnp.float32) if recipe.clip else None,
+                jnp.full((2,), logit(lac), jnp.float32) if recipe.clip else None,
             )
         )
     if recipe.rounding == "gptq" and (stats is None or stats.gram is None):
@@ -146,7 +145,7 @@ def prepare_site(
         groups=tuple(groups),
         cws=cws,
         mac=mac,
-        bits=jnp.array([*recipe.main_bits, side_w_bits, side_a_bits], jnp.int32),
+        bits=jnp.array([*recipe.main_bits, *recipe.side], jnp.int32),
         gram=stats.gram if stats is not None and recipe.rounding == "gptq" else None,
         sizes=sizes,
         mac_tokens=recipe.mac_tokens,

@@ -28,6 +28,8 @@ class Recipe:
       transform: of every group.
       smooth: exponents (weight, activation) of the start of ``d``.
       clip: whether clipping factors are learned (LWC and LAC).
+      lwc_start: LWC's factors at the start; None for those that round a Gaussian of the group's width best, as LAC's. FlatQuant's is 0.982,
+        which the few steps of a light training hardly move.
       cws, mac: the two branches.
       cws_rate, mac_rate: ranks as a share of ``min(D_m, N)``; None for 2 % and 3 %, at 2-bit activations 3 % and 5 %.
       mac_tokens: the tokens that MAC serves.
@@ -53,6 +55,7 @@ class Recipe:
     transform: TransformKind = "kron"
     smooth: tuple[float, float] = (0.7, 0.3)
     clip: bool = True
+    lwc_start: float | None = None
     cws: Branch = "gated"
     mac: Branch = "gated"
     cws_rate: float | None = None
@@ -86,6 +89,8 @@ class Recipe:
         ):
             if value not in allowed:
                 raise InputError(f"recipe: {name}={value!r}; expected one of {', '.join(allowed)}")
+        if self.lwc_start is not None and not 0 < self.lwc_start < 1:
+            raise InputError(f"recipe: lwc_start={self.lwc_start}; expected a factor in (0, 1)")
         if self.clusters < 1:
             raise InputError(f"recipe: clusters={self.clusters}; expected at least 1")
         for name, rate in (("cws_rate", self.cws_rate), ("mac_rate", self.mac_rate)):
