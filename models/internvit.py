@@ -60,10 +60,8 @@ class InternViTConfig:
         """Read a `normalized` ``vision_config``.
 
         Raises:
-          InputError: another tower; images or patches that are no squares.
+          InputError: images or patches that are no squares.
         """
-        if config["model_type"] != "internvl_vision":
-            raise InputError(f"config.json: vision model_type {config['model_type']!r}; supported is internvl_vision")
         for name in ("image_size", "patch_size"):
             if len(config[name]) != 2 or config[name][0] != config[name][1]:
                 raise InputError(f"config.json: vision {name} {list(config[name])}; only squares are supported")

@@ -48,8 +48,8 @@ class Taps:
         """Interpolate a grid of rows bilinearly: each new place reads its four neighbours (torch's ``align_corners=False``)."""
         sides = []
         for old, new in zip(rows.shape, (height, width), strict=True):
-            scale, half = np.float32(old / max(new, 1)), np.float32(0.5)
-            place = np.maximum(scale * (np.arange(new, dtype=np.float32) + half) - half, 0)
+            scale = float(np.float32(old / max(new, 1)))  # rounded where torch rounds
+            place = np.maximum((scale * (np.arange(new) + 0.5) - 0.5).astype(np.float32), 0)
             below = np.minimum(place.astype(np.int64), old - 1)
             share = place - below
             sides.append((np.stack([below, np.minimum(below + 1, old - 1)]), np.stack([1 - share, share])))
