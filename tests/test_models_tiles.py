@@ -1,5 +1,6 @@
 """LLaVA-OneVision, InternVL, and LLaVA with other towers and decoders, against transformers' own, tiny and random, on torch's CPU."""
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import change_json
+from folders import change_json, change_tensors, same
+from safetensors.numpy import load_file
 from transformers import (
     CLIPVisionConfig,
     InternVLForConditionalGeneration,
@@ -40,6 +42,7 @@ CLASSES = {
     "llava_onevision": (HfOnevisionConfig, LlavaOnevisionForConditionalGeneration),
     "internvl": (HfInternVLConfig, InternVLForConditionalGeneration),
 }
+ODD, MASKED = "odd-grid-tied-seven-to-one-no-projector-bias", "llama-rms-qk-norm-last-norm-mask-token-tied-uneven"
 PINPOINTS = [[8, 8], [8, 16], [8, 24], [16, 8], [16, 16], [24, 8], [24, 24]]
 
 
@@ -137,7 +140,7 @@ ONEVISION: dict[str, dict[str, Any]] = {
         "image_grid_pinpoints": PINPOINTS,
         "vision_aspect_ratio": "anyres_max_2",
     },
-    "odd-grid-tied-seven-to-one-no-projector-bias": {
+    ODD: {
         "tower": "siglip",
         "decoder": "qwen2",
         "vision": {"image_size": 8, "patch_size": 3, "vision_use_head": False},
@@ -177,6 +180,32 @@ def test_onevision_logits(case: str, tmp_path: Path) -> None:
     batch = onevision_batch(hf, SAMPLES, [0, 1, 0, 0, 1], [0, 3, 0, 1, 0], frames=3)
     assert not batch["attention_mask"].all()
     assert_equal(hf, model, params, batch)
+
+
+def test_text_is_what_is_no_placeholder_and_no_padding(onevision: Any) -> None:
+    hf, model, params = onevision
+    batch = onevision_batch(hf, SAMPLES, [0, 1, 0, 0, 1], [0, 3, 0, 1, 0])
+    embed = jax.jit(lambda p, b: model.apply({"params": p}, **b, method="embed").context.is_text)
+    text = batch["attention_mask"] & (batch["input_ids"] < IMAGE)
+    assert 0 < text.sum() < batch["attention_mask"].sum() < text.size
+    np.testing.assert_array_equal(embed(params, model.prepare(batch)), text)
+
+
+def test_spellings_and_export(onevision: Any, tmp_path: Path) -> None:
+    def other(name: str) -> str:
+        return name.replace("vision_tower.", "vision_tower.vision_model.") if "encoder.layers.0" in name else f"model.{name}"
+
+    for family, tower, case in (("llava_onevision", "siglip", ONEVISION[ODD]), ("internvl", "internvit", INTERNVL[MASKED])):
+        hf = reference(family, tower, **{k: v for k, v in case.items() if k != "tower"})
+        folder = tmp_path / family
+        model, params = load(hf, folder)
+        models.export(tmp_path / f"{family}-out", json.loads((folder / "config.json").read_text()), params, {})
+        ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / f"{family}-out", folder))
+        assert ours.keys() == theirs.keys()
+        assert all((ours[name] == theirs[name]).all() for name in ours if not model.is_unused(name))
+        change_tensors(folder, lambda t: [t.update({other(name): t.pop(name)}) for name in sorted(t) if "language" not in name])
+        assert "image_newline" not in load_file(folder / "model.safetensors")
+        assert same(models.load(folder)[1], params)
 
 
 def test_onevision_text_and_answers(onevision: Any) -> None:
@@ -305,7 +334,7 @@ INTERNVL: dict[str, dict[str, Any]] = {
         "text": {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1},
         "tie_word_embeddings": False,
     },
-    "llama-rms-qk-norm-last-norm-mask-token-tied-uneven": {
+    MASKED: {
         "decoder": "llama",
         "vision": {
             "image_size": 13,
@@ -376,7 +405,7 @@ def test_logits_of_fixed_images(case: str, tmp_path: Path) -> None:
     model, params = load(hf, tmp_path / "model")
     batch = fixed_batch(hf, model.config.tokens_per_image, [1, 3, 0], [0, 0, 3])
     assert_equal(hf, model, params, batch)
-    if case in ("llama-rms-qk-norm-last-norm-mask-token-tied-uneven", "clip-mistral-window"):
+    if case in (MASKED, "clip-mistral-window"):
         assert_equal(hf, model, params, fixed_batch(hf, model.config.tokens_per_image, [0, 0], [0, 4]))
         assert_answers_equal(hf, model, params, batch)
 
@@ -395,7 +424,7 @@ def test_internvl_ties_as_the_text_does_where_the_top_is_silent(tmp_path: Path) 
 
 
 def test_internvl_refuses(tmp_path: Path) -> None:
-    hf = reference("internvl", "internvit", **INTERNVL["llama-rms-qk-norm-last-norm-mask-token-tied-uneven"])
+    hf = reference("internvl", "internvit", **INTERNVL[MASKED])
     config = hf.config.to_dict()
 
     bad: dict[str, dict[str, Any]] = {
