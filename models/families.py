@@ -9,9 +9,9 @@ from splitq_jax.models.model import VisionLanguageModel
 
 # model_type in config.json: module, class
 FAMILIES = {
-    "internvl": ("internvl", "InternVL"),
     "llava": ("llava", "Llava"),
     "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "internvl": ("internvl", "InternVL"),
 }
 
 

@@ -3,6 +3,7 @@
 The tiles of an image, and the view of the whole behind them, come as images of their own in ``pixel_values``.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -61,18 +62,15 @@ class InternVLConfig:
           InputError: parts that are not supported.
         """
         whole = normalized(config)
-        vision, layer, ratio = (
-            InternViTConfig.from_hf(whole["vision_config"]),
-            whole["vision_feature_layer"],
-            whole["downsample_ratio"],
-        )
+        vision = InternViTConfig.from_hf(whole["vision_config"])
+        layer, ratio = whole["vision_feature_layer"], whole["downsample_ratio"]
         if type(layer) is not int or not -vision.num_layers - 1 <= layer <= vision.num_layers:
             raise InputError(f"config.json: vision_feature_layer {layer!r}; the vision tower has layers 0 to {vision.num_layers}")
         if whole["vision_feature_select_strategy"] != "default":  # the class token has no place in a square of patches
             raise InputError(
                 f"config.json: vision_feature_select_strategy {whole['vision_feature_select_strategy']!r}; expected default"
             )
-        if not 0 < ratio <= 1 or 1 / ratio != int(1 / ratio):
+        if not 0 < ratio <= 1 or not (1 / ratio).is_integer():
             raise InputError(f"config.json: downsample_ratio {ratio!r}; expected one over a whole number")
         # files from before transformers 5 say nothing at the top level, and then the text config decides
         silent = config.get("tie_word_embeddings") is None
@@ -105,7 +103,7 @@ class InternVLConfig:
 
 def pixel_shuffle(x: Float[Array, "N P D"], size: int) -> Float[Array, "N Q F"]:
     """Put the features of each square of size x size patches side by side, row by row; P is a square."""
-    side = int(x.shape[1] ** 0.5)
+    side = math.isqrt(x.shape[1])
     squares = x.reshape(x.shape[0], side // size, size, side // size, size, -1).transpose(0, 1, 3, 2, 4, 5)
     return squares.reshape(x.shape[0], (side // size) ** 2, -1)
 

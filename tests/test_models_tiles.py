@@ -258,7 +258,6 @@ def test_onevision_takes_flat_tiles(onevision: Any) -> None:
     prepared, flat = model.prepare(batch), model.prepare(batch | {"pixel_values": tiles})
     assert prepared.keys() == flat.keys() == {"input_ids", "attention_mask", "pixel_values", "rows", "weights"}
     assert all((prepared[name] == flat[name]).all() for name in flat)
-    assert_equal(hf, model, params, batch | {"pixel_values": tiles})
     alone = batch_without(onevision_batch(hf, [[(20, 33)], [(5, 6)]], [0, 0], [0, 0]), "batch_num_images")
     assert_equal(hf, model, params, alone)
 
@@ -420,7 +419,6 @@ def test_internvl_ties_as_the_text_does_where_the_top_is_silent(tmp_path: Path) 
         change_json(folder / "config.json", lambda config: config.pop("tie_word_embeddings"))
         model, params = models.load(folder)
         assert model.config.tied == tied and ("head" in params["decoder"]) != tied
-        assert_equal(hf, model, params, fixed_batch(hf, model.config.tokens_per_image, [1], [0]))
 
 
 def test_internvl_refuses(tmp_path: Path) -> None:
