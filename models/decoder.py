@@ -33,6 +33,7 @@ class DecoderConfig:
       qk_norm: queries and keys are normalised a head (Qwen3, Gemma 3).
       gemma: norms around attention and MLP on both sides, scaled by ``1 + scale``; embeddings multiplied by the root of the width.
       query_scale: of the scores; None for ``head_dim^-1/2``.
+      longest: tokens of the longest sequence, which a dynamic rotary embedding has; None for no bound.
     """
 
     vocab_size: int
@@ -53,6 +54,7 @@ class DecoderConfig:
     qk_norm: bool
     gemma: bool
     query_scale: float | None
+    longest: int | None = None
 
     def __post_init__(self) -> None:
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
@@ -65,6 +67,8 @@ class DecoderConfig:
             raise InputError(f"config.json: head_dim {self.head_dim} is odd; the rotary embedding needs pairs")
         if len(self.layer_kinds) != self.num_layers:
             raise InputError(f"config.json: layer_types names {len(self.layer_kinds)} layers; there are {self.num_layers}")
+        if self.longest is not None:
+            check_sizes("text_config", max_position_embeddings=self.longest)
         activation(self.hidden_act)
         for rope in self.ropes:
             rope.axis_of_pair(self.head_dim)
@@ -110,6 +114,7 @@ class DecoderConfig:
             qk_norm=kind in QWEN3 | GEMMA3,
             gemma=gemma,
             query_scale=config["query_pre_attn_scalar"] ** -0.5 if gemma else None,
+            longest=config.get("max_position_embeddings") if any(r.kind == "dynamic" for r in ropes) else None,
         )
 
     @property

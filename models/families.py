@@ -4,11 +4,14 @@ from importlib import import_module
 from typing import Any
 
 from splitq_jax.errors import InputError
+from splitq_jax.models.layers import check_sizes, check_types
 from splitq_jax.models.model import VisionLanguageModel
 
 # model_type in config.json: module, class
 FAMILIES = {
     "llava": ("llava", "Llava"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "internvl": ("internvl", "InternVL"),
 }
 
 
@@ -30,11 +33,18 @@ def normalized(config: dict[str, Any]) -> dict[str, Any]:
     """Return a ``config.json`` with everything that it leaves out, as transformers' config class of that model type fills it in.
 
     Raises:
-      InputError: what transformers refuses.
+      InputError: parts that are no objects; fields of another type; absurd sizes; what transformers refuses.
     """
     from transformers import AutoConfig
 
-    fields = {k: v for k, v in config.items() if k not in {"model_type", "transformers_version"}}
+    parts = {name: config[name] for name in ("text_config", "vision_config") if config.get(name) is not None}
+    for name, part in ({"top level": config} | parts).items():
+        check_types(name, part)
+        # transformers makes lists as long as there are layers, and divides by the heads
+        asked = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+        check_sizes(name, **{size: part[field] for size, field in asked.items() if field in part})
+    silent = {name for name in ("text_config", "vision_config", "tie_word_embeddings") if config.get(name, 0) is None}
+    fields = {k: v for k, v in config.items() if k not in {"model_type", "transformers_version"} | silent}
     try:
         whole: dict[str, Any] = AutoConfig.for_model(config["model_type"], **fields).to_dict()
     except Exception as e:  # it checks with exceptions of many kinds

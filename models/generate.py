@@ -36,6 +36,7 @@ def generate(
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: expected at least 1")
     batch = model.prepare(batch)
+    model.check_length(batch["input_ids"].shape[1] + max_new_tokens - 1)  # the last one is not read
     if batch.get("segments") is not None:
         raise InputError("segments: packed rows cannot be continued; give one question a row")
     mask = batch.get("attention_mask")

@@ -1,11 +1,9 @@
 """LLaVA (arXiv 2304.08485), as Hugging Face's ``LlavaForConditionalGeneration``: vision tower, two-layer projector, Llama decoder."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -13,21 +11,27 @@ from jaxtyping import Array, Float
 
 from splitq_jax.errors import InputError
 from splitq_jax.models.decoder import Decoder, DecoderConfig
-from splitq_jax.models.layers import LARGEST, Linear, activation, check_types
-from splitq_jax.models.model import VisionLanguageModel, check_pixels
+from splitq_jax.models.families import normalized
+from splitq_jax.models.layers import LARGEST, LayerNorm, Linear, activation
+from splitq_jax.models.model import FixedImages
 from splitq_jax.models.names import Source, Spelling, Table
 from splitq_jax.models.vision import VisionConfig, VisionTower
 
 MAX_IMAGE_TOKENS = 1 << 16
-# LLaVA's tower where config.json names none
-CLIP_L_336 = {
-    "hidden_size": 1024,
-    "image_size": 336,
-    "intermediate_size": 4096,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 24,
-    "patch_size": 14,
-}
+# in transformers 5's memory, on its disk, and in older files: model.language_model.*, language_model.model.*,
+# vision_tower.vision_model.*
+SPELLING = Spelling(
+    rules=(
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^vision_tower\.vision_model\.", "vision_tower."),
+    ),
+    # read by nothing up to the selected vision layer
+    unused=r"vision_tower\.(post_layernorm\.|head\.|embeddings\.position_ids).*|.*\.rotary_emb\.inv_freq",
+    head="language_model.lm_head.weight",
+    embedding="language_model.model.embed_tokens.weight",
+)
 
 
 @dataclass(frozen=True)
@@ -59,33 +63,25 @@ class LlavaConfig:
         """
         if config.get("model_type") != "llava":
             raise InputError(f"config.json: model_type {config.get('model_type')!r}; expected llava")
-        text_config, vision_config = config.get("text_config"), config.get("vision_config")
-        text_config = {} if text_config is None else text_config
-        vision_config = CLIP_L_336 if vision_config is None else vision_config
-        for part, fields in (("top level", config), ("text_config", text_config), ("vision_config", vision_config)):
-            check_types(part, fields)
-        layer = config.get("vision_feature_layer", -2)
-        strategy = config.get("vision_feature_select_strategy", "default")
-        if strategy not in {"default", "full"}:
-            raise InputError(f"config.json: vision_feature_select_strategy {strategy!r}; expected default or full")
-        # the image token's attribute has two spellings
-        image_token = config.get("image_token_id", config.get("image_token_index", 32000))
-        # weight tying follows the top level; where it is silent or false, the text config's flag
-        tied = bool(config.get("tie_word_embeddings") or text_config.get("tie_word_embeddings", False))
-        vision = VisionConfig.from_hf(vision_config)
+        return cls(**cls.fields(normalized(config)))
+
+    @staticmethod
+    def fields(config: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields that LLaVA and LLaVA-OneVision share, read from a `normalized` ``config.json``."""
+        layer, vision = config["vision_feature_layer"], VisionConfig.from_hf(config["vision_config"])
         layers = tuple(layer) if isinstance(layer, list | tuple) else (layer,)
         if not layers or not all(type(i) is int and -vision.num_layers - 1 <= i <= vision.num_layers for i in layers):
             raise InputError(f"config.json: vision_feature_layer {layer!r}; the vision tower has layers 0 to {vision.num_layers}")
-        return cls(
-            vision=vision,
-            text=DecoderConfig.from_hf(text_config),
-            image_token_id=image_token,
-            vision_feature_layer=layers,
-            vision_feature_select_strategy=strategy,
-            projector_hidden_act=config.get("projector_hidden_act", "gelu"),
-            projector_bias=config.get("multimodal_projector_bias", True),
-            tied=tied,
-        )
+        return {
+            "vision": vision,
+            "text": DecoderConfig.from_hf(config["text_config"]),
+            "image_token_id": config["image_token_index"],
+            "vision_feature_layer": layers,
+            "vision_feature_select_strategy": config["vision_feature_select_strategy"],
+            "projector_hidden_act": config["projector_hidden_act"],
+            "projector_bias": config["multimodal_projector_bias"],
+            "tied": config["tie_word_embeddings"],
+        }
 
     @property
     def num_layers(self) -> int:
@@ -114,29 +110,11 @@ class LlavaConfig:
         return self.vision.num_tokens - self.drops_first
 
 
-class Llava(VisionLanguageModel):
-    """The model; apply it to a float or a quantized parameter tree."""
+class LlavaBase(FixedImages):
+    """The parts that LLaVA and LLaVA-OneVision share."""
 
     config: LlavaConfig
-    # in transformers 5's memory, on its disk, and in older files: model.language_model.*, language_model.model.*,
-    # vision_tower.vision_model.*
-    spelling = Spelling(
-        rules=(
-            (r"^model\.language_model\.", "language_model.model."),
-            (r"^model\.(?=(vision_tower|multi_modal_projector)\.)", ""),
-            (r"^lm_head\.", "language_model.lm_head."),
-            (r"^vision_tower\.vision_model\.", "vision_tower."),
-        ),
-        # read by nothing up to the selected vision layer
-        unused=r"vision_tower\.(post_layernorm\.|head\.|embeddings\.position_ids).*|.*\.rotary_emb\.inv_freq",
-        head="language_model.lm_head.weight",
-        embedding="language_model.model.embed_tokens.weight",
-    )
-
-    @classmethod
-    def from_hf(cls, config: dict[str, Any]) -> "Llava":
-        """Return the model of a ``config.json``; see `LlavaConfig.from_hf`."""
-        return cls(LlavaConfig.from_hf(config))
+    spelling = SPELLING
 
     def setup(self) -> None:
         """Create the parts; their names are the parameter tree's."""
@@ -176,51 +154,40 @@ class Llava(VisionLanguageModel):
         weight = np.ones(c.vision.hidden_size, np.float32)
         return {"vision_tower.post_layernorm.weight": weight, "vision_tower.post_layernorm.bias": 0 * weight}
 
-    @nn.nowrap
-    def example(self) -> dict[str, Any]:
-        """Return a smallest batch with an image."""
-        c = self.config
-        pixels = jax.ShapeDtypeStruct((1, c.vision.num_channels, c.vision.image_size, c.vision.image_size), jnp.float32)
-        return {"input_ids": jax.ShapeDtypeStruct((1, c.tokens_per_image), jnp.int32), "pixel_values": pixels}
-
-    @nn.nowrap
-    def check(self, batch: Mapping[str, Any]) -> None:
-        """Check a batch of host arrays before it is traced.
-
-        Raises:
-          InputError: what `VisionLanguageModel.check` refuses; pixel values that are not finite or of another size; another number of
-            image placeholders than of image features; an image whose placeholders are not all in one sample.
-        """
-        super().check(batch)
-        c, pixels = self.config, batch.get("pixel_values")
-        if pixels is not None:
-            check_pixels(pixels, ("images", c.vision.num_channels, c.vision.image_size, c.vision.image_size), "pixel_values")
-        count = 0 if pixels is None else len(pixels)
-        placed = (np.asarray(batch["input_ids"]) == c.image_token_id).sum(axis=1)
-        if placed.sum() != count * c.tokens_per_image or (placed % c.tokens_per_image).any():
-            found = ", ".join(map(str, placed[:8]))
-            raise InputError(
-                f"input_ids: {found} image placeholders a sample with {count} images in all; an image takes {c.tokens_per_image}"
-            )
-
-    def features(self, pixel_values: Float[Array, "N C H W"]) -> list[Float[Array, "M D"]]:
-        """Return the projected image tokens."""
+    def project(self, pixel_values: Float[Array, "N C H W"]) -> Float[Array, "M D"]:
+        """Return the projected features of all images, one behind the other."""
         states = self.vision(pixel_values)
         picked = [states[i][:, 1:] if self.config.drops_first else states[i] for i in self.config.feature_layers]
         rows: Float[Array, "N T D"] = self.projector(jnp.concatenate(picked, axis=-1))
-        return [rows.reshape(-1, rows.shape[-1])]
+        return rows.reshape(-1, rows.shape[-1])
+
+
+class Llava(LlavaBase):
+    """The model; apply it to a float or a quantized parameter tree."""
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Llava":
+        """Return the model of a ``config.json``; see `LlavaConfig.from_hf`."""
+        return cls(LlavaConfig.from_hf(config))
+
+    def features(self, pixel_values: Float[Array, "N C H W"]) -> list[Float[Array, "M D"]]:
+        """Return the projected image tokens."""
+        return [self.project(pixel_values)]
 
 
 class Projector(nn.Module):
-    """Two linear layers between vision tower and decoder."""
+    """Two linear layers between vision tower and decoder, behind a norm where ``norm_eps`` is given."""
 
     width: int
     hidden_act: str
     use_bias: bool
+    norm_eps: float | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "N T V"]) -> Float[Array, "N T D"]:
         """Map vision features to the decoder's width."""
+        if self.norm_eps is not None:
+            x = LayerNorm(self.norm_eps, name="norm")(x)
         h = activation(self.hidden_act)(Linear(self.width, self.use_bias, name="fc1")(x))
         out: Float[Array, "N T D"] = Linear(self.width, self.use_bias, name="fc2")(h)
         return out

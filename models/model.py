@@ -89,15 +89,27 @@ class VisionLanguageModel(nn.Module):
         return {name: np.asarray(value) for name, value in batch.items() if value is not None}
 
     @nn.nowrap
+    def check_length(self, length: int) -> None:
+        """Check the length of the rows, new tokens included.
+
+        Raises:
+          InputError: longer than the rotary embedding goes.
+        """
+        longest = self.config.text.longest
+        if longest is not None and length > longest:
+            raise InputError(f"{length} tokens: the dynamic rotary embedding is supported up to max_position_embeddings, {longest}")
+
+    @nn.nowrap
     def check(self, batch: Mapping[str, Any]) -> None:
         """Check tokens and masks before they are traced; families check their pictures.
 
         Raises:
-          InputError: arrays of another type or shape; token ids outside the vocabulary.
+          InputError: arrays of another type or shape; token ids outside the vocabulary; rows that are too long.
         """
         ids = np.asarray(batch.get("input_ids", ()))
         if ids.ndim != 2 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
             raise InputError(f"input_ids: {ids.dtype}{list(ids.shape)}; expected integers (samples, length)")
+        self.check_length(ids.shape[1])
         for name in ("attention_mask", "positions", "segments"):
             shape = np.shape(batch[name])[:2] if batch.get(name) is not None else ids.shape
             if shape != ids.shape:
@@ -172,6 +184,37 @@ class VisionLanguageModel(nn.Module):
         hidden = self.embed(input_ids, **batch)
         logits: Float[Array, "B L V"] = self.decoder(hidden.x, hidden.context)
         return logits
+
+
+class FixedImages(VisionLanguageModel):
+    """A family whose images all have the size of the tower and take ``config.tokens_per_image`` placeholders ``image_token_id``."""
+
+    @nn.nowrap
+    def example(self) -> dict[str, Any]:
+        """Return a smallest batch with an image."""
+        c = self.config
+        pixels = jax.ShapeDtypeStruct((1, c.vision.num_channels, c.vision.image_size, c.vision.image_size), jnp.float32)
+        return {"input_ids": jax.ShapeDtypeStruct((1, c.tokens_per_image), jnp.int32), "pixel_values": pixels}
+
+    @nn.nowrap
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Check a batch of host arrays before it is traced.
+
+        Raises:
+          InputError: what `VisionLanguageModel.check` refuses; pixel values that are not finite or of another size; another number of
+            image placeholders than of image features; an image whose placeholders are not all in one sample.
+        """
+        super().check(batch)
+        c, pixels = self.config, batch.get("pixel_values")
+        if pixels is not None:
+            check_pixels(pixels, ("images", c.vision.num_channels, c.vision.image_size, c.vision.image_size), "pixel_values")
+        count = 0 if pixels is None else len(pixels)
+        placed = (np.asarray(batch["input_ids"]) == c.image_token_id).sum(axis=1)
+        if placed.sum() != count * c.tokens_per_image or (placed % c.tokens_per_image).any():
+            found = ", ".join(map(str, placed[:8]))
+            raise InputError(
+                f"input_ids: {found} image placeholders a sample with {count} images in all; an image takes {c.tokens_per_image}"
+            )
 
 
 def _place(rows: Float[Array, "M D"], is_image: Bool[Array, "B L"]) -> Float[Array, "B L D"]:

@@ -15,6 +15,7 @@ from splitq_jax.models.layers import LARGEST_NUMBER
 NUMBERS = {
     "default": (),
     "linear": ("factor",),
+    "dynamic": ("factor",),  # its factor acts on sequences past max_position_embeddings, which `VisionLanguageModel.check` refuses
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 # not read: they only say how long a sequence the model was trained for
@@ -26,7 +27,7 @@ class Rope:
     """One rotary embedding.
 
     Attributes:
-      kind: ``default``, ``linear`` or ``llama3``.
+      kind: ``default``, ``linear``, ``dynamic`` or ``llama3``.
       numbers: its numbers by name, sorted, ``rope_theta`` among them.
       sections: pairs of a head that turn with the temporal, vertical and horizontal position (M-RoPE, arXiv 2409.12191); None where
         a token has one position.
