@@ -8,7 +8,10 @@ from splitq_jax.models.model import VisionLanguageModel
 
 # model_type in config.json: module, class
 FAMILIES = {
+    "gemma3": ("gemma3", "Gemma3"),
+    "idefics3": ("idefics3", "Idefics3"),
     "llava": ("llava", "Llava"),
+    "smolvlm": ("idefics3", "Idefics3"),
 }
 
 
