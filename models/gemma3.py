@@ -53,11 +53,12 @@ class Gemma3Config:
         """
         if config.get("model_type") != "gemma3":
             raise InputError(f"config.json: model_type {config.get('model_type')!r}; expected gemma3")
-        config = normalized(config)
+        given, config = config, normalized(config)
         vision, text = config["vision_config"], config["text_config"]
-        for part, kind in ((vision, "siglip_vision_model"), (text, "gemma3_text")):
-            if part["model_type"] != kind:
-                raise InputError(f"config.json: model_type {part['model_type']!r} in a gemma3; expected {kind}")
+        # transformers would read any text_config as its own
+        for found, kind in ((vision, "siglip_vision_model"), (text | (given.get("text_config") or {}), "gemma3_text")):
+            if found["model_type"] != kind:
+                raise InputError(f"config.json: model_type {found['model_type']!r} in a gemma3; expected {kind}")
         if text["use_bidirectional_attention"]:
             raise InputError("config.json: use_bidirectional_attention is not supported; it makes a text encoder")
         check_sizes("text_config", query_pre_attn_scalar=text["query_pre_attn_scalar"])
@@ -203,5 +204,7 @@ class Projector(nn.Module):
         grid, side = math.isqrt(x.shape[1]), math.isqrt(c.tokens_per_image)
         kept = x.reshape(-1, grid, grid, x.shape[-1])[:, : side * k, : side * k]
         pooled = kept.reshape(-1, side, k, side, k, x.shape[-1]).mean(axis=(2, 4)).reshape(-1, side * side, x.shape[-1])
-        out: Float[Array, "N T D"] = Linear(c.text.hidden_size, name="fc")(RMSNorm(c.vision.layer_norm_eps, True, name="norm")(pooled))
+        out: Float[Array, "N T D"] = Linear(c.text.hidden_size, name="fc")(
+            RMSNorm(c.vision.layer_norm_eps, True, name="norm")(pooled)
+        )
         return out

@@ -1,5 +1,6 @@
 """A random model of transformers and ours with its weights, and what they must agree on."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 import torch
 
 from splitq_jax import models
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -45,8 +48,14 @@ def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(value) for name, value in batch.items()}
 
 
+@partial(jax.jit, static_argnums=0)
+def _forward(model: Any, params: Any, prepared: dict[str, jax.Array]) -> jax.Array:
+    out: jax.Array = model.apply({"params": params}, **prepared)
+    return out
+
+
 def logits(model: Any, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, model.prepare(batch)))
+    return np.asarray(_forward(model, params, model.prepare(batch)))
 
 
 def assert_same_logits(hf: Any, model: Any, params: Any, batch: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
