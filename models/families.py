@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from splitq_jax.errors import InputError
+from splitq_jax.models.layers import check_sizes
 from splitq_jax.models.model import VisionLanguageModel
 
 # model_type in config.json: module, class
@@ -34,10 +35,13 @@ def normalized(config: dict[str, Any]) -> dict[str, Any]:
     """Return a ``config.json`` with everything that it leaves out, as transformers' config class of that model type fills it in.
 
     Raises:
-      InputError: what transformers refuses.
+      InputError: what transformers refuses; 2^10 layers or more.
     """
     from transformers import AutoConfig
 
+    for part in ("text_config", "vision_config"):  # it writes out a list of all layers
+        if isinstance(given := config.get(part), dict) and "num_hidden_layers" in given:
+            check_sizes(part, num_layers=given["num_hidden_layers"])
     # it writes into the parts that it is given
     fields = deepcopy({k: v for k, v in config.items() if k not in {"model_type", "transformers_version"}})
     try:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from splitq_jax.errors import InputError
 from splitq_jax.models.decoder import Decoder, DecoderConfig, causal_mask
 from splitq_jax.models.families import normalized
-from splitq_jax.models.layers import Linear, RMSNorm, check_sizes
+from splitq_jax.models.layers import Linear, RMSNorm, check_sizes, check_types
 from splitq_jax.models.llava import Llava
 from splitq_jax.models.model import VisionLanguageModel, check_pixels
 from splitq_jax.models.names import Source, Table
@@ -59,6 +59,8 @@ class Gemma3Config:
         for found, kind in ((vision, "siglip_vision_model"), (text | (given.get("text_config") or {}), "gemma3_text")):
             if found["model_type"] != kind:
                 raise InputError(f"config.json: model_type {found['model_type']!r} in a gemma3; expected {kind}")
+        for part in ("text_config", "vision_config"):
+            check_types(part, config[part])
         if text["use_bidirectional_attention"]:
             raise InputError("config.json: use_bidirectional_attention is not supported; it makes a text encoder")
         check_sizes("text_config", query_pre_attn_scalar=text["query_pre_attn_scalar"])

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from splitq_jax.errors import InputError
 from splitq_jax.models.decoder import Decoder, DecoderConfig
 from splitq_jax.models.families import normalized
-from splitq_jax.models.layers import Linear, check_sizes
+from splitq_jax.models.layers import Linear, check_sizes, check_types
 from splitq_jax.models.model import VisionLanguageModel, check_pixels
 from splitq_jax.models.names import Source, Spelling, Table
 from splitq_jax.models.vision import VisionConfig, VisionTower
@@ -53,6 +53,8 @@ class Idefics3Config:
             raise InputError(f"config.json: model_type {kind!r}; expected idefics3 or smolvlm")
         config = normalized(config)
         text = config["text_config"]
+        for part in ("text_config", "vision_config"):
+            check_types(part, config[part])
         if text["model_type"] not in TEXTS:
             raise InputError(f"config.json: text model_type {text['model_type']!r}; supported are {', '.join(TEXTS)}")
         return cls(

@@ -219,6 +219,8 @@ def test_refusals(tmp_path: Path) -> None:
         ({"text_config": config["text_config"] | {"use_bidirectional_attention": True}}, "use_bidirectional_attention"),
         ({"text_config": config["text_config"] | {"final_logit_softcapping": 30.0}}, "final_logit_softcapping"),
         ({"text_config": config["text_config"] | {"query_pre_attn_scalar": 0}}, "query_pre_attn_scalar=0"),
+        ({"text_config": config["text_config"] | {"rms_norm_eps": -1.0}}, "rms_norm_eps=-1.0"),
+        ({"text_config": config["text_config"] | {"num_hidden_layers": 1 << 40}}, "num_layers=1099511627776"),
         ({"text_config": {"model_type": "llama"}}, "gemma3_text"),
         ({"vision_config": {"model_type": "clip_vision_model"}}, "clip_vision_model"),
         ({"mm_tokens_per_image": 25}, "mm_tokens_per_image 25; the vision tower has 16 patches"),
