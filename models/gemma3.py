@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -17,7 +16,7 @@ from splitq_jax.models.decoder import Decoder, DecoderConfig, causal_mask
 from splitq_jax.models.families import normalized
 from splitq_jax.models.layers import Linear, RMSNorm, check_sizes, check_types
 from splitq_jax.models.llava import Llava
-from splitq_jax.models.model import VisionLanguageModel, check_pixels
+from splitq_jax.models.model import FixedImages
 from splitq_jax.models.names import Source, Table
 from splitq_jax.models.vision import VisionConfig, VisionTower
 
@@ -94,7 +93,7 @@ class Gemma3Config:
         return (self.vision.image_size // self.vision.patch_size // self.pool) ** 2
 
 
-class Gemma3(VisionLanguageModel):
+class Gemma3(FixedImages):
     """The model; apply it to a float or a quantized parameter tree. Crops of pan and scan are further images."""
 
     config: Gemma3Config
@@ -138,13 +137,6 @@ class Gemma3(VisionLanguageModel):
         return {}
 
     @nn.nowrap
-    def example(self) -> dict[str, Any]:
-        """Return a smallest batch with an image."""
-        c = self.config
-        pixels = jax.ShapeDtypeStruct((1, c.vision.num_channels, c.vision.image_size, c.vision.image_size), jnp.float32)
-        return {"input_ids": jax.ShapeDtypeStruct((1, c.tokens_per_image), jnp.int32), "pixel_values": pixels}
-
-    @nn.nowrap
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Check a batch of host arrays, as the processor gives it, and return what the traced model takes.
 
@@ -162,23 +154,12 @@ class Gemma3(VisionLanguageModel):
         """Check a batch of host arrays before it is traced.
 
         Raises:
-          InputError: what `VisionLanguageModel.check` refuses; pixel values that are not finite or of another size; another number of
-            image placeholders than of image features; an image whose placeholders are not all in one sample; token types that are not
-            1 at the placeholders and there alone.
+          InputError: what `FixedImages.check` refuses; token types that are not 1 at the placeholders and there alone.
         """
         super().check(batch)
-        c, pixels, types = self.config, batch.get("pixel_values"), batch.get("token_type_ids")
-        if pixels is not None:
-            check_pixels(pixels, ("images", c.vision.num_channels, c.vision.image_size, c.vision.image_size), "pixel_values")
-        count, placed = 0 if pixels is None else len(pixels), np.asarray(batch["input_ids"]) == c.image_token_id
-        of_sample = placed.sum(axis=1)
-        if of_sample.sum() != count * c.tokens_per_image or (of_sample % c.tokens_per_image).any():
-            found = ", ".join(map(str, of_sample[:8]))
-            raise InputError(
-                f"input_ids: {found} image placeholders a sample with {count} images in all; an image takes {c.tokens_per_image}"
-            )
-        if types is not None and not np.array_equal(np.asarray(types) == 1, placed):
-            raise InputError(f"token_type_ids: expected 1 where input_ids has the image token {c.image_token_id}, and only there")
+        types, image = batch.get("token_type_ids"), self.config.image_token_id
+        if types is not None and not np.array_equal(np.asarray(types) == 1, np.asarray(batch["input_ids"]) == image):
+            raise InputError(f"token_type_ids: expected 1 where input_ids has the image token {image}, and only there")
 
     def mask(
         self, is_image: Bool[Array, "B L"], valid: Bool[Array, "B L"], segments: Int[Array, "B L"] | None

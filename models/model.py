@@ -174,6 +174,37 @@ class VisionLanguageModel(nn.Module):
         return logits
 
 
+class FixedImages(VisionLanguageModel):
+    """A family whose images all have the size of the tower and take ``config.tokens_per_image`` placeholders ``image_token_id``."""
+
+    @nn.nowrap
+    def example(self) -> dict[str, Any]:
+        """Return a smallest batch with an image."""
+        c = self.config
+        pixels = jax.ShapeDtypeStruct((1, c.vision.num_channels, c.vision.image_size, c.vision.image_size), jnp.float32)
+        return {"input_ids": jax.ShapeDtypeStruct((1, c.tokens_per_image), jnp.int32), "pixel_values": pixels}
+
+    @nn.nowrap
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Check a batch of host arrays before it is traced.
+
+        Raises:
+          InputError: what `VisionLanguageModel.check` refuses; pixel values that are not finite or of another size; another number of
+            image placeholders than of image features; an image whose placeholders are not all in one sample.
+        """
+        super().check(batch)
+        c, pixels = self.config, batch.get("pixel_values")
+        if pixels is not None:
+            check_pixels(pixels, ("images", c.vision.num_channels, c.vision.image_size, c.vision.image_size), "pixel_values")
+        count = 0 if pixels is None else len(pixels)
+        placed = (np.asarray(batch["input_ids"]) == c.image_token_id).sum(axis=1)
+        if placed.sum() != count * c.tokens_per_image or (placed % c.tokens_per_image).any():
+            found = ", ".join(map(str, placed[:8]))
+            raise InputError(
+                f"input_ids: {found} image placeholders a sample with {count} images in all; an image takes {c.tokens_per_image}"
+            )
+
+
 def _place(rows: Float[Array, "M D"], is_image: Bool[Array, "B L"]) -> Float[Array, "B L D"]:
     """Spread rows over the placeholders, in order."""
     slot = jnp.cumsum(is_image.reshape(-1).astype(jnp.int32)) - 1

@@ -75,6 +75,14 @@ class VisionConfig:
         return self.num_patches + self.is_clip
 
 
+def patches(pixels: Float[Array, "N C H W"], size: int) -> Float[Array, "N P K"]:
+    """Cut images into square patches, row by row, each C x size x size flattened; what is left at the right and below is dropped."""
+    count, channels, height, width = pixels.shape
+    down, across = height // size, width // size
+    cropped = pixels[:, :, : down * size, : across * size].reshape(count, channels, down, size, across, size)
+    return cropped.transpose(0, 2, 4, 1, 3, 5).reshape(count, down * across, channels * size**2)
+
+
 class VisionBlock(nn.Module):
     """A pre-norm transformer block with the sites ``qkv``, ``o``, ``fc1``, ``fc2``."""
 
@@ -124,12 +132,8 @@ class VisionTower(nn.Module):
         size = (c.num_channels, c.image_size, c.image_size)
         if positions is None and pixels.shape[1:] != size:
             raise InputError(f"pixel_values: images of shape {pixels.shape[1:]}; the vision tower takes {size}")
-        p = c.patch_size
-        rows, columns = pixels.shape[2] // p, pixels.shape[3] // p
-        kernel = self.param("patch", nn.initializers.normal(0.02), (c.num_channels * p * p, c.hidden_size))
-        cropped = pixels[:, :, : rows * p, : columns * p]
-        patches = cropped.reshape(-1, c.num_channels, rows, p, columns, p).transpose(0, 2, 4, 1, 3, 5)  # N h w C p p
-        x = patches.reshape(-1, rows * columns, c.num_channels * p * p).astype(kernel.dtype) @ kernel
+        kernel = self.param("patch", nn.initializers.normal(0.02), (c.num_channels * c.patch_size**2, c.hidden_size))
+        x = patches(pixels, c.patch_size).astype(kernel.dtype) @ kernel
         if c.is_clip:
             token = self.param("class", nn.initializers.normal(0.02), (c.hidden_size,)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size)), x], axis=1)
