@@ -268,16 +268,17 @@ def causal_mask(
       valid: tokens that are not padding.
       segments: 0 for a shared prefix, s >= 1 for independent continuations of it.
       window: a second mask is appended that sees so many of the last tokens only.
-      together: tokens of the same number >= 0 see each other both ways (Gemma's images); -1 for all others.
+      together: tokens of the same number >= 0 see each other both ways, the earlier ones within the window (Gemma's images); -1 for
+        all others.
     """
     length = valid.shape[1]
     order = jnp.arange(length)
     distance = order[:, None] - order[None, :]
-    earlier = [distance >= 0] if window is None else [distance >= 0, (distance >= 0) & (distance < window)]
-    mask = jnp.stack(earlier)[None] & jnp.ones((valid.shape[0], 1, 1, 1), bool)  # B K L L
+    seen = (distance >= 0)[None] & valid[:, None, :]  # B L L
     if together is not None:
-        mask = mask | ((together[:, :, None] == together[:, None, :]) & (together >= 0)[:, :, None])[:, None]
-    mask = mask & valid[:, None, None, :]
+        seen = seen | ((together[:, :, None] == together[:, None, :]) & ((together >= 0) & valid)[:, None, :])
+    near = [seen] if window is None else [seen, seen & (distance < window)[None]]
+    mask = jnp.stack(near, axis=1)  # B K L L
     if segments is not None:
         mask = mask & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))[:, None]
     return mask | jnp.eye(length, dtype=bool)[None, None]

@@ -1,5 +1,6 @@
 """The model types that are supported, each in a file of its own, imported when it is asked for."""
 
+from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
@@ -10,8 +11,11 @@ from splitq_jax.models.model import VisionLanguageModel
 # model_type in config.json: module, class
 FAMILIES = {
     "llava": ("llava", "Llava"),
-    "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "gemma3": ("gemma3", "Gemma3"),
+    "idefics3": ("idefics3", "Idefics3"),
     "internvl": ("internvl", "InternVL"),
+    "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "smolvlm": ("idefics3", "Idefics3"),
 }
 
 
@@ -44,7 +48,8 @@ def normalized(config: dict[str, Any]) -> dict[str, Any]:
         asked = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
         check_sizes(name, **{size: part[field] for size, field in asked.items() if field in part})
     silent = {name for name in ("text_config", "vision_config", "tie_word_embeddings") if config.get(name, 0) is None}
-    fields = {k: v for k, v in config.items() if k not in {"model_type", "transformers_version"} | silent}
+    # it writes into the parts that it is given
+    fields = deepcopy({k: v for k, v in config.items() if k not in {"model_type", "transformers_version"} | silent})
     try:
         whole: dict[str, Any] = AutoConfig.for_model(config["model_type"], **fields).to_dict()
     except Exception as e:  # it checks with exceptions of many kinds

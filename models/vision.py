@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
 from splitq_jax.models.layers import LayerNorm, Linear, activation, attend, check_sizes
@@ -89,34 +89,48 @@ class VisionBlock(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
-        """Map the tokens of N images."""
+    def __call__(self, x: Float[Array, "N T D"], mask: Bool[Array, "N 1 1 T"] | None = None) -> Float[Array, "N T D"]:
+        """Map the tokens of N images; ``mask`` says which of them are seen."""
         c = self.config
         h = LayerNorm(c.layer_norm_eps, name="norm_attn")(x)
         qkv = Linear(3 * c.hidden_size, use_bias=True, name="qkv")(h)
         q, k, v = (a.reshape(*a.shape[:2], c.num_heads, -1) for a in jnp.split(qkv, 3, axis=-1))
-        x = x + Linear(c.hidden_size, use_bias=True, name="o")(attend(q, k, v, None))
+        x = x + Linear(c.hidden_size, use_bias=True, name="o")(attend(q, k, v, mask))
         h = LayerNorm(c.layer_norm_eps, name="norm_mlp")(x)
         h = activation(c.hidden_act)(Linear(c.intermediate_size, use_bias=True, name="fc1")(h))
         return x + Linear(c.hidden_size, use_bias=True, name="fc2")(h)
 
 
 class VisionTower(nn.Module):
-    """Patch embedding and blocks; ``depth`` blocks are run (a LLaVA that reads layer -2 never runs the last)."""
+    """Patch embedding and blocks; ``depth`` blocks are run (a LLaVA that reads layer -2 never runs the last).
+
+    ``last_norm`` normalises the last hidden states.
+    """
 
     config: VisionConfig
     depth: int
+    last_norm: bool = False
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "N C H W"]) -> list[Float[Array, "N T D"]]:
+    def __call__(
+        self,
+        pixels: Float[Array, "N C H W"],
+        positions: Int[Array, "N T"] | None = None,
+        valid: Bool[Array, "N T"] | None = None,
+    ) -> list[Float[Array, "N T D"]]:
         """Return the hidden states before the first block and after each of ``depth`` blocks.
+
+        Args:
+          pixels: images of the config's size; of any size where ``positions`` is given.
+          positions: each patch's row of the position embedding; None for their order.
+          valid: patches that others may see; None for all.
 
         Raises:
           InputError: images of another size than the position embedding's.
         """
         c = self.config
         size = (c.num_channels, c.image_size, c.image_size)
-        if pixels.shape[1:] != size:
+        if positions is None and pixels.shape[1:] != size:
             raise InputError(f"pixel_values: images of shape {pixels.shape[1:]}; the vision tower takes {size}")
         kernel = self.param("patch", nn.initializers.normal(0.02), (c.num_channels * c.patch_size**2, c.hidden_size))
         x = patches(pixels, c.patch_size).astype(kernel.dtype) @ kernel
@@ -125,10 +139,13 @@ class VisionTower(nn.Module):
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, c.hidden_size)), x], axis=1)
         else:
             x = x + self.param("patch_bias", nn.initializers.zeros, (c.hidden_size,)).astype(x.dtype).reshape(1, 1, -1)
-        x = x + self.param("position", nn.initializers.normal(0.02), (c.num_tokens, c.hidden_size)).astype(x.dtype)[None]
+        position = self.param("position", nn.initializers.normal(0.02), (c.num_tokens, c.hidden_size)).astype(x.dtype)
+        x = x + (position[None] if positions is None else position[positions])
         if c.is_clip:
             x = LayerNorm(c.layer_norm_eps, name="norm_pre")(x)
-        states = [x]
+        states, mask = [x], None if valid is None else valid[:, None, None, :]
         for i in range(self.depth):
-            states.append(VisionBlock(c, name=f"blocks_{i}")(states[-1]))
+            states.append(VisionBlock(c, name=f"blocks_{i}")(states[-1], mask))
+        if self.last_norm:
+            states[-1] = LayerNorm(c.layer_norm_eps, name="norm_post")(states[-1])
         return states
