@@ -9,6 +9,9 @@ from splitq_jax.models.model import VisionLanguageModel
 # model_type in config.json: module, class
 FAMILIES = {
     "llava": ("llava", "Llava"),
+    "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
+    "qwen2_vl": ("qwen2_vl", "Qwen2VL"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
 }
 
 
