@@ -1,5 +1,6 @@
 """The model types that are supported, each in a file of its own, imported when it is asked for."""
 
+from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
@@ -37,7 +38,8 @@ def normalized(config: dict[str, Any]) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    fields = {k: v for k, v in config.items() if k not in {"model_type", "transformers_version"}}
+    # transformers writes into the parts that it is given
+    fields = {k: deepcopy(v) for k, v in config.items() if k not in {"model_type", "transformers_version"}}
     try:
         whole: dict[str, Any] = AutoConfig.for_model(config["model_type"], **fields).to_dict()
     except Exception as e:  # it checks with exceptions of many kinds
