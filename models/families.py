@@ -15,6 +15,9 @@ FAMILIES = {
     "idefics3": ("idefics3", "Idefics3"),
     "internvl": ("internvl", "InternVL"),
     "llava_onevision": ("llava_onevision", "LlavaOnevision"),
+    "qwen2_5_vl": ("qwen2_5_vl", "Qwen25VL"),
+    "qwen2_vl": ("qwen2_vl", "Qwen2VL"),
+    "qwen3_vl": ("qwen3_vl", "Qwen3VL"),
     "smolvlm": ("idefics3", "Idefics3"),
 }
 

@@ -56,7 +56,9 @@ def generate(
     return [row[row >= 0] for row in rows]
 
 
-State = tuple[list[KVCache], Bool[Array, "B S"], Int[Array, ""], Int[Array, " B"]]  # caches, keys in use, where to write, positions
+State = tuple[
+    list[KVCache], Bool[Array, "B S"], Int[Array, ""], Int[Array, "B A"]
+]  # caches, keys in use, where to write, positions
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -71,7 +73,7 @@ def prefill(model: Any, params: Params, batch: Params, room: int) -> tuple[Int[A
     caches = [KVCache(empty, empty) for _ in range(model.config.num_layers)]
     x, caches = _blocks(model, params, x, context, caches, jnp.zeros((), jnp.int32))
     used = jnp.pad(context.valid, ((0, 0), (0, room)))
-    return _likeliest(model, params, x), (caches, used, jnp.int32(length), jnp.max(context.positions, axis=(1, 2)) + 1)
+    return _likeliest(model, params, x), (caches, used, jnp.int32(length), context.positions[:, -1] + 1)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -80,9 +82,7 @@ def step(model: Any, params: Params, token: Int[Array, " B"], state: State) -> t
     caches, used, at, positions = state
     used = used.at[:, at].set(True)
     everywhere = jnp.ones((token.shape[0], 1), bool)
-    text = model.config.text
-    turns = jnp.broadcast_to(positions[:, None, None], (*token.shape, 1, text.ropes[0].axes))
-    context = Context(turns, step_mask(used, at, text.window), everywhere, everywhere)
+    context = Context(positions[:, None], step_mask(used, at, model.config.text.window), everywhere, everywhere)
     x = model.apply({"params": params}, token[:, None], method="embed_text")
     x, caches = _blocks(model, params, x, context, caches, at)
     return _likeliest(model, params, x), (caches, used, at + 1, positions + 1)
