@@ -32,7 +32,7 @@ from splitq_jax.sharding import on_host, sharding
 __all__ = ["Deferred", "read_manifest", "restore", "save"]
 
 ARRAYS = "arrays"
-PART = 1 << 28  # bytes; a part holds so much, or the largest array
+PART = 1 << 25  # bytes; a part holds so much, or the largest array
 SPARE = 1 << 24  # bytes on disk beyond the arrays: orbax's index and the manifest
 PACKAGES = ("splitq-jax", "jax", "flax", "orbax-checkpoint")
 
