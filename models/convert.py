@@ -24,7 +24,7 @@ from splitq_jax.models.families import FAMILIES, model_of
 from splitq_jax.models.model import VisionLanguageModel, shapes
 from splitq_jax.models.names import Source
 from splitq_jax.models.weights import SINGLE, Weights, read_json
-from splitq_jax.sharding import place, sharding
+from splitq_jax.sharding import empty, place, sharding
 
 Params = dict[str, Any]
 PARAMS = "params"  # the checkpoint inside a converted or quantized folder
@@ -130,7 +130,7 @@ def _check_dtype(dtype: Any) -> None:
 
 def _read(source: Source, names: Mapping[str, str], weights: Weights, dtype: np.dtype[Any]) -> np.ndarray:
     """Make a leaf, row by row of its tensors: nothing of its size is held beside it."""
-    leaf = np.empty(source.shape, dtype)
+    leaf = empty(source.shape, dtype)
     for i, name in enumerate(source.names):
         for start, rows in weights.rows(names[name]):
             with np.errstate(over="ignore"):  # refused in the next line

@@ -4,6 +4,8 @@ Weights are split twice: over ``tensor`` along the heads, the hidden units or th
 ``data`` is the batch's, over which parameters are repeated. What the mesh does not divide is repeated too.
 """
 
+import math
+import mmap
 import re
 from typing import Any
 
@@ -84,12 +86,29 @@ def of(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Return host memory of its own, aligned to a page: a CPU device takes it over without a copy, and it is free as soon as let go."""
+    dtype, size = np.dtype(dtype), math.prod(shape)
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))
+    return np.frombuffer(memory, dtype, size).reshape(shape)
+
+
 def place(value: np.ndarray, to: jax.sharding.Sharding | None) -> jax.Array:
-    """Copy a host array to its devices, each its own part, and wait, so that the host's can be let go; None: the default device."""
-    if to is None:
-        placed: jax.Array = jax.device_put(value)
-    else:
-        placed = jax.make_array_from_callback(value.shape, to, lambda index: value[index])
+    """Put a host array on its devices, each its own part, and wait; None: the default device.
+
+    The array is given away: a CPU device may hold its memory. What a device copies is let go some time later, so parts that have to be
+    copied are copied here.
+    """
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        view = value[index]
+        if view.flags.c_contiguous:
+            return view
+        copy = empty(view.shape, view.dtype)
+        copy[...] = view
+        return copy
+
+    placed: jax.Array = jax.device_put(value) if to is None else jax.make_array_from_callback(value.shape, to, part)
     return placed.block_until_ready()
 
 
