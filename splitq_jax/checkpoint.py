@@ -62,8 +62,11 @@ def save(
       ``path``.
 
     Raises:
-      InputError: the folder exists; the disk is too full; a leaf, key or static field of a type that is not restored.
+      InputError: several processes (`jax.distributed`); the folder exists; the disk is too full; a leaf, key or static field of a type
+        that is not restored.
     """
+    if jax.process_count() > 1:
+        raise InputError(f"{path}: {jax.process_count()} processes; only one alone can save (they could not agree on a folder)")
     target = Path(path).resolve()
     _check_target(target, overwrite)
     arrays: dict[str, Any] = {}

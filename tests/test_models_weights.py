@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from folders import SINGLE, Q, change_json, change_tensors, copy, make, same
@@ -251,6 +252,24 @@ def test_shards_are_refused(change: Callable[[Path], str], sharded: Path, tmp_pa
     assert message in str(refused.value)
 
 
+def test_a_file_that_has_become_shorter_is_refused(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "m")
+    _, tree = models.deferred(folder)
+    truncated(folder)
+    with pytest.raises(InputError, match=rf"{SINGLE}: ends within tensor '.*'; get the file again"):
+        jax.tree.map(lambda leaf: leaf.read(), tree)
+    (folder / SINGLE).unlink()
+    with pytest.raises(InputError, match=rf"{SINGLE}: cannot be read \(No such file"):
+        tree["decoder"]["norm"]["scale"].read()
+
+
+def test_blocks_that_are_read_make_up_the_leaf(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, params = models.load(whole)
+    for size in (1, 200, 1000):  # a row at a time, a few, and blocks that do not divide
+        monkeypatch.setattr("splitq_jax.models.weights.BLOCK", size)
+        assert same(models.load(whole)[1], params)
+
+
 # --- memory
 
 PROCESS = """
@@ -274,11 +293,10 @@ params = run(large, f"{out}/large")
 print()
 print(largest() - before)
 """
-# what each holds beyond the leaf that it makes: the model, two copies of it less, or nothing
+SLACK = 4_000_000  # bytes: pages of many small leaves, Python's objects
 WAYS = {
     "load": "return models.load(folder, dtype=jnp.bfloat16)",
     "load on a mesh": "return models.load(folder, dtype=jnp.bfloat16, mesh=mesh)",
-    "load float32": "return models.load(folder)",
     "convert": "assert main(['convert', folder, '--out', out, '--dtype', 'bfloat16']) == 0",
 }
 
@@ -300,11 +318,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     return folder, size, 2 * max(math.prod(source.shape) for source in model_of(config).table().values())
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's largest size")
 @pytest.mark.parametrize("way", WAYS)
 def test_no_model_is_held_twice(way: str, whole: Path, large: tuple[Path, int, int], tmp_path: Path) -> None:
     folder, size, leaf = large
     code = PROCESS.replace("WAY", WAYS[way])
     done = subprocess.run([sys.executable, "-c", code, whole, folder, tmp_path], stdout=subprocess.PIPE, text=True, check=True)
     held = int(done.stdout.split()[-1])
-    print(way, size, leaf, held)
-    assert held <= (2 if "float32" in way else 1) * (size + leaf)
+    assert held <= size + leaf + SLACK
+    assert way == "convert" or held > 0.9 * size  # so it was measured
