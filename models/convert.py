@@ -54,7 +54,8 @@ def load(
 ) -> tuple[VisionLanguageModel, Params]:
     """Load a model: a Hugging Face folder, or one that ``splitq convert`` or ``splitq quantize`` wrote.
 
-    Leaves are read, cast and placed one by one: the host holds one beyond what lies on its devices.
+    Leaves are read, cast and placed one by one: the host holds one beyond what lies on its devices, or of a converted folder a part,
+    which is some leaves.
 
     Args:
       folder: the folder.
