@@ -1,6 +1,8 @@
 """Vision-language models in Flax, read from Hugging Face's folders."""
 
+from splitq_jax.models.convert import deferred as deferred
 from splitq_jax.models.convert import export as export
+from splitq_jax.models.convert import is_converted as is_converted
 from splitq_jax.models.convert import load as load
 from splitq_jax.models.generate import generate as generate
 from splitq_jax.models.inputs import Processor as Processor

@@ -5,25 +5,30 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from splitq_jax.checkpoint import restore
+from splitq_jax.checkpoint import Deferred, restore
 from splitq_jax.errors import InputError
 from splitq_jax.manifest import MANIFEST
 from splitq_jax.models.families import FAMILIES, model_of
 from splitq_jax.models.model import VisionLanguageModel, shapes
+from splitq_jax.models.names import Source
 from splitq_jax.models.weights import SINGLE, Weights, read_json
+from splitq_jax.sharding import empty, place, sharding
 
 Params = dict[str, Any]
 PARAMS = "params"  # the checkpoint inside a converted or quantized folder
+DTYPES = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -44,31 +49,61 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def load(folder: str | Path, *, dtype: Any = jnp.float32, follow_links: bool = False) -> tuple[VisionLanguageModel, Params]:
+def load(
+    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, follow_links: bool = False
+) -> tuple[VisionLanguageModel, Params]:
     """Load a model: a Hugging Face folder, or one that ``splitq convert`` or ``splitq quantize`` wrote.
+
+    Leaves are read, cast and placed one by one: the host holds one beyond what lies on its devices, or of a converted folder a part,
+    which is some leaves.
 
     Args:
       folder: the folder.
       dtype: of the parameters; a converted or quantized folder keeps its own.
+      mesh: devices to place the parameters on, with some of the axes ``data``, ``fsdp`` and ``tensor``; see `splitq_jax.sharding`.
+        None: the default device.
       follow_links: allow weights that link out of the folder, as in the hub's cache.
 
     Returns:
       The Flax model and its parameters: ``model.apply({"params": params}, **batch)`` gives logits.
 
     Raises:
-      InputError: what `Weights` and `read_config` refuse; tensors that are missing, extra, of another shape or not finite.
+      InputError: what `Weights` and `read_config` refuse; tensors that are missing, extra, of another shape or not finite; a mesh of
+        other axes.
     """
     folder = Path(folder)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise InputError(f"dtype {dtype}: expected float32, bfloat16 or float16; codes come from quantize")
+    _check_dtype(dtype)
+    if is_converted(folder):
+        return model_of(read_config(folder)), restore(folder / PARAMS, mesh=mesh)[0]
+    model, tree = deferred(folder, dtype=dtype, follow_links=follow_links)
+    leaves = flatten_dict(tree, sep="/")
+    places = {path: None if mesh is None else sharding(path, leaf.shape, mesh) for path, leaf in leaves.items()}
+    return model, unflatten_dict({path: place(leaf.read(), places[path]) for path, leaf in leaves.items()}, sep="/")
+
+
+def is_converted(folder: str | Path) -> bool:
+    """Say whether ``splitq convert`` or ``splitq quantize`` wrote a folder."""
+    return (Path(folder) / PARAMS / MANIFEST).is_file()
+
+
+def deferred(folder: str | Path, *, dtype: Any = jnp.float32, follow_links: bool = False) -> tuple[VisionLanguageModel, Params]:
+    """Open a Hugging Face folder: names and shapes are checked, and each leaf is read when it is asked for.
+
+    Args:
+      folder: the folder.
+      dtype: of the parameters.
+      follow_links: allow weights that link out of the folder, as in the hub's cache.
+
+    Returns:
+      The Flax model and a tree of `splitq_jax.checkpoint.Deferred`.
+
+    Raises:
+      InputError: what `load` refuses; entries that are not finite or past the range of ``dtype`` when the leaf is read.
+    """
+    folder = Path(folder)
+    _check_dtype(dtype)
     model = model_of(read_config(folder))
-    if (folder / PARAMS / MANIFEST).is_file():
-        return model, restore(folder / PARAMS)[0]
-    return model, _from_tensors(model, Weights(folder, follow_links), dtype, folder)
-
-
-def _from_tensors(model: VisionLanguageModel, weights: Weights, dtype: Any, folder: Path) -> Params:
-    sources = model.table()
+    sources, weights = model.table(), Weights(folder, follow_links)
     names: dict[str, str] = {}
     for name in weights.shapes:
         known = model.spelling.canonical(name)
@@ -82,19 +117,29 @@ def _from_tensors(model: VisionLanguageModel, weights: Weights, dtype: Any, fold
                 raise InputError(
                     f"{folder}: tensor {names[name]!r} has shape {weights.shapes[names[name]]}; config.json makes it {wanted}"
                 )
-    tree: Params = {}
-    for path, source in sources.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        with np.errstate(over="ignore"):  # refused in the next line
-            node[leaf] = jnp.asarray(source.fuse([weights.read(names[n]) for n in source.names]), dtype)
-        if not jnp.isfinite(node[leaf]).all():
-            raise InputError(
-                f"{folder}: {names[source.names[0]]!r} has entries past the range of {jnp.dtype(dtype)}; load it as float32"
-            )
-    return tree
+    leaves = {
+        path: Deferred(source.shape, np.dtype(dtype), partial(_read, source, names, weights, np.dtype(dtype)))
+        for path, source in sources.items()
+    }
+    return model, unflatten_dict(leaves, sep="/")
+
+
+def _check_dtype(dtype: Any) -> None:
+    if np.dtype(dtype) not in DTYPES:
+        raise InputError(f"dtype {dtype}: expected float32, bfloat16 or float16; codes come from quantize")
+
+
+def _read(source: Source, names: Mapping[str, str], weights: Weights, dtype: np.dtype[Any]) -> np.ndarray:
+    """Make a leaf, row by row of its tensors: nothing of its size is held beside it."""
+    leaf = empty(source.shape, dtype)
+    for i, name in enumerate(source.names):
+        for start, rows in weights.rows(names[name]):
+            with np.errstate(over="ignore"):  # refused in the next line
+                cast = rows.astype(dtype, copy=False)
+            if cast is not rows and not np.isfinite(cast).all():
+                raise InputError(f"{weights.folder}: {names[name]!r} has entries past the range of {dtype}; load it as float32")
+            source.put(leaf, i, start, cast)
+    return leaf
 
 
 def _check_names(model: VisionLanguageModel, names: Mapping[str, str], wanted: set[str], weights: Weights, folder: Path) -> None:
@@ -103,8 +148,7 @@ def _check_names(model: VisionLanguageModel, names: Mapping[str, str], wanted: s
     extra = {n for n in names.keys() - wanted if not model.is_unused(n)}
     if model.config.tied and model.spelling.head in extra:
         extra.discard(model.spelling.head)
-        head, embedding = (weights.read(names[n]) for n in (model.spelling.head, model.spelling.embedding))
-        if not np.array_equal(head, embedding):
+        if not weights.equal(names[model.spelling.head], names[model.spelling.embedding]):
             raise InputError(
                 f"{folder}: {names[model.spelling.head]!r} differs from the embedding, but config.json ties them; set tie_word_embeddings to false"
             )

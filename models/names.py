@@ -33,14 +33,25 @@ class Source:
     shapes: tuple[tuple[int, ...], ...]
     kind: Kind
 
-    def fuse(self, tensors: Sequence[np.ndarray]) -> Float[np.ndarray, "..."]:
-        """Make the leaf of its tensors."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The leaf's."""
+        first = self.shapes[0]
+        if not first:
+            return ()
+        rows = sum(shape[0] for shape in self.shapes)
+        return (rows, *first[1:]) if self.kind == "plain" else (prod(first[1:]), rows)
+
+    def put(self, leaf: Float[np.ndarray, "..."], tensor: int, start: int, rows: Float[np.ndarray, "..."]) -> None:
+        """Write rows of one of the tensors, from row ``start`` on, where they belong in the leaf."""
+        at = start + sum(shape[0] for shape in self.shapes[:tensor])
         if self.kind == "plain":
-            return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
-        return np.ascontiguousarray(np.concatenate([t.reshape(t.shape[0], -1) for t in tensors]).T)
+            np.atleast_1d(leaf)[at : at + len(rows)] = rows
+        else:
+            leaf[:, at : at + len(rows)] = rows.reshape(len(rows), -1).T
 
     def part(self, leaf: Float[np.ndarray, "..."]) -> dict[str, Float[np.ndarray, "..."]]:
-        """Undo `fuse`: the tensors by name."""
+        """Undo `put`: the tensors by name."""
         ends = np.cumsum([shape[0] for shape in self.shapes])[:-1]
         whole = leaf.T if self.kind == "linear" else leaf
         parts = [whole] if len(self.names) == 1 else np.split(whole, ends)

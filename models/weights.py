@@ -4,10 +4,12 @@ import json
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
@@ -16,8 +18,9 @@ from splitq_jax.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAIN_NAME = re.compile(r"[\w-][\w.-]*\.safetensors", re.ASCII)
-FLOATS = ("F32", "BF16", "F16")
+FLOATS = {"F32": np.dtype(np.float32), "BF16": np.dtype(jnp.bfloat16), "F16": np.dtype(np.float16)}
 MAX_HEADER = 100_000_000  # bytes; safetensors' own bound
+BLOCK = 1 << 19  # bytes that are read at a time: they are checked, cast and transposed while they lie in the cache
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,9 +49,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Weights:
-    """The tensors of a folder by name; nothing is read before `read` asks for it.
+    """The tensors of a folder by name; nothing is read before `rows` or `read` asks for it.
 
     Attributes:
+      folder: where they lie.
       shapes: shape of every tensor.
 
     Args:
@@ -61,11 +65,14 @@ class Weights:
     """
 
     def __init__(self, folder: Path, follow_links: bool = False) -> None:
+        self.folder = folder
         files = _files(folder, follow_links)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._home: dict[str, Path] = {}
+        self._begin: dict[str, int] = {}
+        self._dtype: dict[str, np.dtype[Any]] = {}
         for file, listed in files.items():
-            found = _header(file)
+            found, data = _header(file)
             if listed is not None and (absent := sorted(listed - found.keys())):
                 raise InputError(f"{file}: tensor {absent[0]!r} is missing; {INDEX} says that it is here")
             for name, entry in found.items():
@@ -74,19 +81,63 @@ class Weights:
                 self._home[name], self.shapes[name] = file, tuple(entry["shape"])
                 if entry["dtype"] not in FLOATS and not name.endswith("position_ids"):
                     raise InputError(f"{file}: tensor {name!r} is {entry['dtype']}; expected {', '.join(FLOATS)}")
+                if entry["dtype"] in FLOATS:
+                    self._begin[name], self._dtype[name] = data + entry["data_offsets"][0], FLOATS[entry["dtype"]]
+
+    def rows(self, name: str) -> Iterator[tuple[int, Float[np.ndarray, "..."]]]:
+        """Yield a tensor in blocks: the index of the first row and some rows, in the file's type; the next block may take its place.
+
+        Files are read and not mapped: what was mapped stays in memory until somebody else needs it.
+
+        Raises:
+          InputError: entries that are not finite; a file that has become shorter or cannot be read any more.
+        """
+        file, shape, dtype = self._home[name], self.shapes[name], self._dtype[name]
+        count, width = (shape[0], prod(shape[1:])) if shape else (1, 1)
+        step = max(1, BLOCK // max(1, 4 * width))  # of any type, so that two tensors come in the same blocks
+        buffer = np.empty((min(step, count), *shape[1:]), dtype)
+        try:
+            with file.open("rb", buffering=0) as f:
+                f.seek(self._begin[name])
+                for start in range(0, count, step):
+                    block = buffer[: min(step, count - start)]
+                    if _fill(f, block) < block.nbytes:
+                        raise InputError(f"{file}: ends within tensor {name!r}; get the file again")
+                    if not np.isfinite(block).all():
+                        raise InputError(f"{file}: tensor {name!r} has NaN or infinite entries; get the file again")
+                    yield start, block
+        except OSError as e:
+            raise InputError(f"{file}: cannot be read ({e.strerror}); get it again") from None
+
+    def equal(self, name: str, other: str) -> bool:
+        """Compare two tensors.
+
+        Raises:
+          InputError: what `rows` refuses.
+        """
+        if self.shapes[name] != self.shapes[other]:
+            return False
+        return all(np.array_equal(a, b) for (_, a), (_, b) in zip(self.rows(name), self.rows(other), strict=True))
 
     def read(self, name: str) -> Float[np.ndarray, "..."]:
         """Return a tensor.
 
         Raises:
-          InputError: entries that are not finite.
+          InputError: what `rows` refuses.
         """
-        file = self._home[name]
-        with safe_open(file, "numpy") as f:
-            value: np.ndarray = f.get_tensor(name)
-        if not np.isfinite(value.astype(np.float32, copy=False)).all():
-            raise InputError(f"{file}: tensor {name!r} has NaN or infinite entries; get the file again")
+        value = np.empty(self.shapes[name], self._dtype[name])
+        for start, block in self.rows(name):
+            np.atleast_1d(value)[start : start + len(block)] = block
         return value
+
+
+def _fill(f: Any, block: np.ndarray) -> int:
+    """Read an array from a file; the system may give less at a time than it is asked for."""
+    view = block.reshape(-1).view(np.uint8).data
+    got = 0
+    while got < len(view) and (count := f.readinto(view[got:])):
+        got += count
+    return got
 
 
 def _files(folder: Path, follow_links: bool) -> dict[Path, set[str] | None]:
@@ -127,8 +178,8 @@ def _twice(names: Iterable[str]) -> str | None:
     return next((name for name, count in sorted(Counter(names).items()) if count > 1), None)
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Return name → dtype and shape; safetensors itself checks sizes and offsets, but lets a name stand twice."""
+def _header(file: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return name → dtype, shape and offsets, and where data begins; safetensors checks sizes but lets a name stand twice."""
     try:
         with safe_open(file, "numpy"):
             pass
@@ -146,4 +197,4 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     header: dict[str, Any] = json.loads(raw, object_pairs_hook=pairs)
     if twice := _twice(names):
         raise InputError(f"{file}: tensor {twice!r} stands twice in its header; get the file again")
-    return {k: v for k, v in header.items() if k != "__metadata__"}
+    return {k: v for k, v in header.items() if k != "__metadata__"}, 8 + size

@@ -4,6 +4,9 @@ orbax stores neither static fields nor checksums: a tree saved with ``bits=4`` r
 without a word, and of 150 flipped bits 14 came back as wrong values. So `manifest.json` holds the tree's structure, every
 typed leaf's class and static fields, and a SHA-256 for every array, every file and itself. Only the last two functions
 know orbax.
+
+orbax holds a copy or two of what it is writing, so large trees are written in parts, one orbax folder each, and `Deferred` leaves are
+made when their part's turn comes: neither a conversion nor a save holds a model twice.
 """
 
 import hashlib
@@ -12,42 +15,58 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from rich.progress import Progress
 
 from splitq_jax.errors import InputError
-from splitq_jax.manifest import FORMAT, MANIFEST, VERSION, describe, plain, read_manifest, rebuild, seal
+from splitq_jax.manifest import FORMAT, MANIFEST, VERSION, Deferred, describe, plain, read_manifest, rebuild, seal
+from splitq_jax.sharding import on_host, sharding
 
-__all__ = ["read_manifest", "restore", "save"]
+__all__ = ["Deferred", "read_manifest", "restore", "save"]
 
 ARRAYS = "arrays"
+PART = 1 << 25  # bytes; a part holds so much, or the largest array
 SPARE = 1 << 24  # bytes on disk beyond the arrays: orbax's index and the manifest
 PACKAGES = ("splitq-jax", "jax", "flax", "orbax-checkpoint")
 
 
 def save(
-    path: str | Path, params: Any, *, recipe: Any = None, config: Any = None, extra: Any = None, overwrite: bool = False
+    path: str | Path,
+    params: Any,
+    *,
+    recipe: Any = None,
+    config: Any = None,
+    extra: Any = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Write a parameter tree; the folder appears whole or not at all.
 
     Args:
       path: the folder to make.
-      params: nested dicts, tuples, lists and None, with arrays or `flax.struct.dataclass` leaves of this package.
+      params: nested dicts, tuples, lists and None, with arrays, `Deferred` arrays or `flax.struct.dataclass` leaves of this package.
       recipe: what quantized it; with ``config`` and ``extra``, a dataclass or anything that JSON holds.
       config: the model's configuration.
       extra: anything else worth keeping: seed, data set, command.
       overwrite: replace a checkpoint that is already there.
+      progress: a rich progress bar to add a task to, a step an array.
 
     Returns:
       ``path``.
 
     Raises:
-      InputError: the folder exists; the disk is too full; a leaf, key or static field of a type that is not restored.
+      InputError: several processes (`jax.distributed`); the folder exists; the disk is too full; a leaf, key or static field of a type
+        that is not restored.
     """
+    if jax.process_count() > 1:
+        raise InputError(f"{path}: {jax.process_count()} processes; only one alone can save (they could not agree on a folder)")
     target = Path(path).resolve()
     _check_target(target, overwrite)
     arrays: dict[str, Any] = {}
@@ -60,7 +79,7 @@ def save(
         "config": plain(config, "config"),
         "extra": plain(extra, "extra"),
         "tree": tree,
-        "leaves": {k: {"shape": list(v.shape), "dtype": v.dtype.name, "sha256": _digest(v)} for k, v in arrays.items()},
+        "leaves": {},
     }
     draft = _sibling(target)
     try:
@@ -68,7 +87,16 @@ def save(
         needed, free = sum(v.nbytes for v in arrays.values()) + SPARE, shutil.disk_usage(draft).free
         if free < needed:
             raise InputError(f"{target}: {free:,} bytes are free on this disk, {needed:,} are needed; make room")
-        _write_arrays(draft / ARRAYS, {k: v for k, v in arrays.items() if v.size})  # orbax fails on empty arrays
+        task = progress.add_task("writing", total=len(arrays)) if progress is not None else None
+        for number, part in enumerate(_parts(arrays)):
+            values = {}
+            for name in part:
+                values[name] = _value(arrays[name])
+                manifest["leaves"][name] = _entry(values[name]) | {"part": number}
+                if progress is not None and task is not None:
+                    progress.advance(task)
+            _write_arrays(_folder(draft, number), {k: v for k, v in values.items() if v.size})  # orbax fails on empty arrays
+            values.clear()
         manifest["files"] = {
             f.relative_to(draft).as_posix(): {"bytes": f.stat().st_size, "sha256": _file_digest(f)}
             for f in sorted(draft.rglob("*"))
@@ -83,38 +111,83 @@ def save(
     return Path(path)
 
 
-def restore(path: str | Path) -> tuple[Any, dict[str, Any]]:
+def restore(path: str | Path, *, mesh: Mesh | None = None) -> tuple[Any, dict[str, Any]]:
     """Read a checkpoint, bit for bit as it was saved, in any process; no template is needed.
+
+    Args:
+      path: the folder.
+      mesh: devices to place the arrays on, as `splitq_jax.sharding` says, whatever mesh they were saved from; None: one device.
 
     Returns:
       The parameter tree and the manifest.
 
     Raises:
-      InputError: a file is missing, extra or differs from its checksum; an array differs from its own; another format;
+      InputError: a mesh of other axes; a file is missing, extra or differs from its checksum; an array differs from its own; another format;
         a type that is not a leaf of this package.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     leaves = manifest["leaves"]
-    stored = {k: v for k, v in leaves.items() if math.prod(v["shape"])}
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = {k: one if mesh is None else sharding(k, tuple(v["shape"]), mesh) for k, v in leaves.items()}
+    parts: dict[int, list[str]] = {}
+    for name, entry in leaves.items():
+        parts.setdefault(int(entry.get("part", 0)), []).append(name)
     # files first: damaged bytes never reach orbax's decoders
-    if damage := _file_damage(folder, manifest["files"]):
+    if damage := _file_damage(folder, manifest["files"], {0, *parts}):
         raise InputError(f"{folder}: {'; '.join(damage[:5])}; copy the folder again")
-    try:
-        arrays = _read_arrays(folder / ARRAYS, stored)
-    except Exception as e:  # orbax and tensorstore raise what they like
-        raise InputError(f"{folder}: orbax cannot read {ARRAYS}: {e}; restore it with the versions in {MANIFEST}") from e
-    arrays |= {k: jnp.zeros(v["shape"], v["dtype"]) for k, v in leaves.items() if k not in stored}
-    if damage := [f"array {k}: {d}" for k, v in arrays.items() if (d := _leaf_damage(v, leaves[k]))]:
-        raise InputError(f"{folder}: {'; '.join(damage[:5])}; copy the folder again")
+    arrays: dict[str, jax.Array] = {}
+    for number, names in parts.items():
+        try:
+            read = _read_arrays(_folder(folder, number), {k: places[k] for k in names if math.prod(leaves[k]["shape"])})
+        except Exception as e:  # orbax and tensorstore raise what they like
+            raise InputError(f"{folder}: orbax cannot read {ARRAYS}: {e}; restore it with the versions in {MANIFEST}") from e
+        read |= {k: jnp.zeros(leaves[k]["shape"], leaves[k]["dtype"], device=places[k]) for k in names if k not in read}
+        if damage := [f"array {k}: {d}" for k, v in read.items() if (d := _leaf_damage(v, leaves[k]))]:
+            raise InputError(f"{folder}: {'; '.join(damage[:5])}; copy the folder again")
+        arrays |= read
     return rebuild(manifest["tree"], arrays, folder), manifest
+
+
+# --- parts
+
+
+def _parts(arrays: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the arrays' names, part by part; one at least."""
+    limit = max([PART, *(v.nbytes for v in arrays.values())])
+    part: list[str] = []
+    held = 0
+    for name, value in arrays.items():
+        if part and held + value.nbytes > limit:
+            yield part
+            part, held = [], 0
+        part.append(name)
+        held += value.nbytes
+    yield part
+
+
+def _folder(checkpoint: Path, part: int) -> Path:
+    return checkpoint / (f"{ARRAYS}_{part}" if part else ARRAYS)
+
+
+def _value(leaf: Any) -> Any:
+    if not isinstance(leaf, Deferred):
+        return leaf
+    value = leaf.read()
+    if (value.shape, value.dtype) != (leaf.shape, leaf.dtype):
+        raise ValueError(f"read gave {value.dtype}{value.shape}; the leaf was described as {leaf.dtype}{leaf.shape}")
+    return value
 
 
 # --- checksums and files
 
 
+def _entry(array: Any) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": array.dtype.name, "sha256": _digest(array)}
+
+
 def _digest(array: Any) -> str:
-    return hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(on_host(array)).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _file_digest(file: Path) -> str:
@@ -122,8 +195,8 @@ def _file_digest(file: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _file_damage(folder: Path, files: dict[str, Any]) -> list[str]:
-    """Compare the files under ``arrays`` with the manifest; a file that it does not know counts too."""
+def _file_damage(folder: Path, files: dict[str, Any], parts: Iterable[int]) -> list[str]:
+    """Compare the files of the parts with the manifest; a file that it does not know counts too."""
     damage = []
     for name, entry in files.items():
         file = folder / name
@@ -133,7 +206,8 @@ def _file_damage(folder: Path, files: dict[str, Any]) -> list[str]:
             damage.append(f"{name} has {file.stat().st_size:,} bytes, expected {entry['bytes']:,}")
         elif _file_digest(file) != entry["sha256"]:
             damage.append(f"{name} differs from its checksum")
-    present = {f.relative_to(folder).as_posix() for f in (folder / ARRAYS).rglob("*") if not f.is_dir()}
+    held = (f for part in parts for f in _folder(folder, part).rglob("*") if not f.is_dir())
+    present = {f.relative_to(folder).as_posix() for f in held}
     return damage + [f"{name} is not in {MANIFEST}" for name in sorted(present - files.keys())]
 
 
@@ -183,14 +257,13 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))
 
 
-def _read_arrays(folder: Path, leaves: dict[str, Any]) -> dict[str, jax.Array]:
+def _read_arrays(folder: Path, places: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
-    if not leaves:
+    if not places:
         return {}
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    how = ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=sharding)
-    wanted = ocp.args.PyTreeRestore(item=dict.fromkeys(leaves, 0), restore_args=dict.fromkeys(leaves, how))
+    how = {k: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place) for k, place in places.items()}
+    wanted = ocp.args.PyTreeRestore(item=dict.fromkeys(places, 0), restore_args=how)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored: dict[str, jax.Array] = checkpointer.restore(folder.absolute(), args=wanted)
     return restored

@@ -87,13 +87,16 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Convert a Hugging Face folder."""
-    model, params = models.load(options.model, dtype=jnp.dtype(options.dtype), follow_links=options.follow_links)
-    with output_folder(options.out, options.overwrite) as folder:
-        sq.save(folder / PARAMS, params, config=model.config)
+    """Convert a Hugging Face folder, a leaf at a time."""
+    if models.is_converted(options.model):
+        raise InputError(f"{options.model}: is converted already; give the folder that it was converted from, or copy it")
+    console = make_console()
+    model, params = models.deferred(options.model, dtype=jnp.dtype(options.dtype), follow_links=options.follow_links)
+    with output_folder(options.out, options.overwrite) as folder, progress_bar(console) as bar:
+        sq.save(folder / PARAMS, params, config=model.config, progress=bar)
         models.copy_processor(options.model, folder)
     size = quantization.stored_bytes(params)
-    make_console().print(f"Wrote {options.out}: {len(quantization.kernels(params))} linear layers, {size / 1e6:,.1f} MB")
+    console.print(f"Wrote {options.out}: {len(quantization.kernels(params))} linear layers, {size / 1e6:,.1f} MB")
 
 
 # --- calibrate

@@ -10,7 +10,8 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,31 @@ MANIFEST = "manifest.json"
 DTYPES = ("bool", "int4", "int8", "int16", "int32", "uint8", "uint16", "uint32", "bfloat16", "float16", "float32")
 SEAL = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"\n}\Z')
 TYPE_NAME = re.compile(r"(splitq_jax(?:\.\w+)+):(\w+)")
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A leaf that is not made before it is needed.
+
+    Attributes:
+      shape: its shape.
+      dtype: its type.
+      read: makes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Entries."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes."""
+        return self.size * self.dtype.itemsize
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -75,7 +101,7 @@ def describe(node: Any, path: str, arrays: dict[str, Any]) -> Any:
         fields = {k: describe(v, _join(path, k), arrays) for k, v in values.items() if is_node[k]}
         static = {k: _static(v, _join(path, k)) for k, v in values.items() if not is_node[k]}
         return {"type": name, "fields": fields, "static": static}
-    if not isinstance(node, jax.Array | np.ndarray) or node.dtype.name not in DTYPES:
+    if not isinstance(node, jax.Array | np.ndarray | Deferred) or node.dtype.name not in DTYPES:
         found = f"{type(node).__name__} of {node.dtype}" if hasattr(node, "dtype") else type(node).__name__
         raise InputError(f"{path or 'params'}: {found}; expected an array of one of {', '.join(DTYPES)}")
     arrays[path or "params"] = node

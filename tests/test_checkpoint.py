@@ -268,3 +268,39 @@ def test_the_manifest_may_hold_a_manifest(tmp_path: Path) -> None:
     parent = checkpoint.read_manifest(first)
     second = checkpoint.save(tmp_path / "second", {"w": jnp.ones(3)}, extra={"parent": parent, "zeros": "0" * 64})
     assert checkpoint.restore(second)[1]["extra"]["parent"] == json.loads(json.dumps(parent))
+
+
+def test_a_tree_may_be_written_in_parts(params: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = checkpoint.save(tmp_path / "whole", params)
+    monkeypatch.setattr(checkpoint, "PART", 0)  # the largest array's size, 20,480 bytes
+    rows = np.arange(3 * 5000, dtype=np.int32).reshape(3, 5000)
+    made: list[int] = []
+
+    def leaf(i: int) -> checkpoint.Deferred:
+        return checkpoint.Deferred((5000,), np.dtype(np.int32), lambda: made.append(i) or rows[i])
+
+    out = checkpoint.save(tmp_path / "out", params | {"more": [leaf(i) for i in range(3)]})
+    assert made == [0, 1, 2]
+    restored, manifest = checkpoint.restore(out)
+    np.testing.assert_array_equal(np.stack(restored.pop("more")), rows)
+    assert same(restored, params)
+    assert {entry["part"] for entry in manifest["leaves"].values()} == {0, 1, 2, 3, 4}
+    assert sorted(f.name for f in out.iterdir()) == ["arrays", "arrays_1", "arrays_2", "arrays_3", "arrays_4", MANIFEST]
+    (out / "arrays_2" / "more").write_text("")
+    with pytest.raises(InputError, match="arrays_2/more is not in manifest"):
+        checkpoint.restore(out)
+    shutil.rmtree(out / "arrays_2")
+    with pytest.raises(InputError, match=r"arrays_2/.* is missing"):
+        checkpoint.restore(out)
+    reseal(whole, lambda m: [entry.pop("part") for entry in m["leaves"].values()])  # as it was before there were parts
+    assert same(checkpoint.restore(whole)[0], params)
+
+
+def test_a_leaf_that_cannot_be_made_leaves_nothing_behind(tmp_path: Path) -> None:
+    def refuse() -> np.ndarray:
+        raise InputError("model.safetensors: ends within tensor 'x'")
+
+    for read, error in ((refuse, InputError), (lambda: np.ones(4, np.float32), ValueError)):
+        with pytest.raises(error):
+            checkpoint.save(tmp_path / "out", {"w": checkpoint.Deferred((3,), np.dtype(np.float32), read)})
+    assert not list(tmp_path.iterdir())

@@ -94,6 +94,7 @@ REFUSED = {
     "corrupt image": (["calibrate", "MODEL", "--out", "OUT", "--data", "CORRUPT", "--samples", "1"], "corrupt.png"),
     "a URL": (["generate", "MODEL", "what", "--image", "https://example.org/a.png"], "nothing is fetched"),
     "not quantized": (["inspect", "FLAX"], "not quantized"),
+    "converted already": (["convert", "FLAX", "--out", "OUT"], "is converted already"),
     "output is a model": (["convert", "MODEL", "--out", "MODEL", "--overwrite"], "left alone"),
     "output exists": (["convert", "MODEL", "--out", "FLAX"], "--overwrite"),
     "no limit": (["eval", "MODEL", "--data", "SET", "--limit", "0"], "--limit 0"),
@@ -108,7 +109,7 @@ def test_what_is_refused_leaves_nothing_behind(name: str, home: Path, tmp_path: 
     (tmp_path / "text.jsonl").write_text(json.dumps(sample))
     (tmp_path / "corrupt.png").write_bytes((home / "0.png").read_bytes()[:60])
     (tmp_path / "corrupt.jsonl").write_text(json.dumps(sample | {"image": "corrupt.png"}))
-    if name == "not quantized":
+    if name in ("not quantized", "converted already"):
         shutil.rmtree(tmp_path / "flax")
         assert run("convert", tmp_path / "model", "--out", tmp_path / "flax") == 0
     places = {"MODEL": "model", "FLAX": "flax", "OUT": "out", "NONE": "none", "TEXT": "text.jsonl", "CORRUPT": "corrupt.jsonl"}

@@ -1,12 +1,17 @@
 """Safetensors files and their index: what loads, and everything that must be refused."""
 
+import importlib.util
 import json
+import math
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from folders import SINGLE, Q, change_json, change_tensors, copy, make, same
@@ -14,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from splitq_jax import models
 from splitq_jax.errors import InputError
+from splitq_jax.models.families import model_of
 
 INDEX = "model.safetensors.index.json"
 
@@ -244,3 +250,80 @@ def test_shards_are_refused(change: Callable[[Path], str], sharded: Path, tmp_pa
     with pytest.raises(InputError) as refused:
         models.load(folder)
     assert message in str(refused.value)
+
+
+def test_a_file_that_has_become_shorter_is_refused(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path / "m")
+    _, tree = models.deferred(folder)
+    truncated(folder)
+    with pytest.raises(InputError, match=rf"{SINGLE}: ends within tensor '.*'; get the file again"):
+        jax.tree.map(lambda leaf: leaf.read(), tree)
+    (folder / SINGLE).unlink()
+    with pytest.raises(InputError, match=rf"{SINGLE}: cannot be read \(No such file"):
+        tree["decoder"]["norm"]["scale"].read()
+
+
+def test_blocks_that_are_read_make_up_the_leaf(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, params = models.load(whole)
+    for size in (1, 200, 1000):  # a row at a time, a few, and blocks that do not divide
+        monkeypatch.setattr("splitq_jax.models.weights.BLOCK", size)
+        assert same(models.load(whole)[1], params)
+
+
+# --- memory
+
+PROCESS = """
+import re, sys
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from splitq_jax import models
+from splitq_jax.cli import main
+
+def largest():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+
+tiny, large, out = sys.argv[1:4]
+mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+def run(folder, out):
+    WAY
+run(tiny, f"{out}/tiny")  # all that is imported and set up once
+before = largest()
+params = run(large, f"{out}/large")
+print()
+print(largest() - before)
+"""
+SLACK = 4_000_000  # bytes: pages of many small leaves, Python's objects
+WAYS = {
+    "load": "return models.load(folder, dtype=jnp.bfloat16)",
+    "load on a mesh": "return models.load(folder, dtype=jnp.bfloat16, mesh=mesh)",
+    "convert": "assert main(['convert', folder, '--out', out, '--dtype', 'bfloat16']) == 0",
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
+    """Two hundred megabytes of bfloat16 in shards, their size and the largest leaf's."""
+    spec = importlib.util.spec_from_file_location("memory", Path(__file__).parents[1] / "benchmarks" / "memory.py")
+    assert spec is not None and spec.loader is not None
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    memory.SHARD = 50_000_000
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"hidden_size": 1000, "intermediate_size": 2500, "num_hidden_layers": 8, "num_attention_heads": 10, "vocab_size": 16000}
+    config = {"model_type": "llava", "image_token_index": 7, "vision_config": vision, "text_config": sizes}
+    folder = tmp_path_factory.mktemp("large") / "model"
+    size = memory.write(folder, config)
+    assert 190e6 < size < 260e6 and len(list(folder.glob("*.safetensors"))) > 3
+    return folder, size, 2 * max(math.prod(source.shape) for source in model_of(config).table().values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's largest size")
+@pytest.mark.parametrize("way", WAYS)
+def test_no_model_is_held_twice(way: str, whole: Path, large: tuple[Path, int, int], tmp_path: Path) -> None:
+    folder, size, leaf = large
+    code = PROCESS.replace("WAY", WAYS[way])
+    done = subprocess.run([sys.executable, "-c", code, whole, folder, tmp_path], stdout=subprocess.PIPE, text=True, check=True)
+    held = int(done.stdout.split()[-1])
+    assert held <= size + leaf + SLACK
+    assert way == "convert" or held > 0.9 * size  # so it was measured
