@@ -279,7 +279,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def _answer(model: Any, params: Any, processor: models.Processor, question: str, images: list[Any], room: int) -> str:
-    (tokens,) = models.generate(model, params, processor.inputs(question, images), room, processor.stop_ids)
+    (tokens,) = models.generate(model, params, processor.inputs(question, images), room, stop_ids=processor.stop_ids)
     return processor.decode(tokens)
 
 

@@ -135,7 +135,7 @@ def sample_answers(setup: Setup, params: Params, count: int = 3) -> list[evaluat
     batch = setup.processor([r["question"] for r in shown], [r["image"] for r in shown])
     said = {}
     for name, tree in (("float", setup.params), ("quantized", params)):
-        tokens = models.generate(setup.model, tree, batch, 8, setup.processor.stop_ids)
+        tokens = models.generate(setup.model, tree, batch, 8, stop_ids=setup.processor.stop_ids)
         said[name] = [setup.processor.decode(t) for t in tokens]
     return [
         evaluation.Sample(r["image"], r["question"], r["answer"], {name: texts[i] for name, texts in said.items()})

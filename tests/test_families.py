@@ -74,7 +74,7 @@ def test_end_to_end(family: tuple[str, Setup]) -> None:
     assert (context.valid & ~context.is_text).sum(axis=1).tolist() == expected
     assert (context.valid & context.is_text).sum() == batch["attention_mask"].sum() - sum(expected)
     if kind not in {"llava", "gemma3"}:
-        assert len(set(expected)) > 2  # images of several lengths
+        assert len(set(expected)) > 1  # images of several lengths
     # every site of decoder and tower has statistics
     stats = calib.collect(model, params, batches, SPLIT, vision_tower=True, gram=True)
     decoder = {path.split("/")[2] for path in stats if path.startswith("decoder/blocks_1/")}
@@ -87,21 +87,25 @@ def test_end_to_end(family: tuple[str, Setup]) -> None:
         assert sum(found) == width and stats[path].absmax.shape == (3, rows) and stats[path].gram.shape == (rows, rows)
         assert not path.startswith("decoder/") or found == columns[path.split("/")[-1]]
     recipe = recipes.splitq("w4a4").replace(split=SPLIT, vision="w4a4", cws_rate=0.1, mac_rate=0.1, svd_per="layer")
-    done = quantized(setup, stats, recipe, FitConfig(steps=1), batches)
-    assert {s.path for s in sq.summarize(done.params)} == set(stats)
-    assert all(np.isfinite([e.before, e.after]).all() for e in done.errors)
+    made = sq.quantize(params, stats, recipe)
+    assert {s.path for s in sq.summarize(made)} == set(stats)
     # questions with several images, with one, without; and images alone
     asked = processor(["what is this?", "no", ""], [[picture(), picture(40, 9, 1)], None, picture(8, 30, 2)])
-    exact, rounded = (models.generate(model, tree, asked, 4, processor.stop_ids) for tree in (params, done.params))
-    assert all(0 <= len(row) <= 4 for row in [*exact, *rounded])
-    (logits, given) = (np.asarray(_forward(model, tree, model.prepare(asked))) for tree in (done.params, params))
+    answers = models.generate(model, made, asked, 4)
+    assert all(len(row) == 4 and (row < model.config.text.vocab_size).all() for row in answers)
+    logits, given = (np.asarray(_forward(model, tree, model.prepare(asked))) for tree in (made, params))
+    assert [row[0] for row in answers] == logits[:, -1].argmax(axis=-1).tolist()
     mask = asked["attention_mask"]
     assert np.isfinite(logits[mask]).all() and 0 < np.mean((logits - given)[mask] ** 2) < np.mean(given[mask] ** 2)
     # the tower stays as it is
     kept = sq.quantize(params, stats, recipe.replace(vision="float"))
     assert {s.path.split("/")[0] for s in sq.summarize(kept)} == {"decoder"}
     assert jax.tree.all(jax.tree.map(np.array_equal, kept["vision"], params["vision"]))
-    sq.quantize(params, stats, recipes.gptq("w4a4").replace(vision="w4a4"))
+    if kind == "llava":  # GPTQ reads the tower's Gram matrices, too
+        sq.quantize(params, stats, recipes.gptq("w4a4").replace(vision="w4a4"))
+    if kind in {"gemma3", "qwen3_vl"}:  # windows; three positions and deepstack: all that a block may read is trained with
+        errors = quantized(setup, stats, recipe.replace(vision="float"), FitConfig(steps=1), batches).errors
+        assert len(errors) == 2 and np.isfinite([(e.before, e.after) for e in errors]).all()
 
 
 def _forward(model: Any, params: Any, prepared: Any) -> Any:
@@ -165,11 +169,11 @@ def test_questions_behind_one_image_are_those_of_rows_alone(family: tuple[str, S
         log_prob = jax.nn.log_softmax(logits)[np.arange(target.size), target]
         np.testing.assert_allclose(result.log_prob[result.token_question == number], log_prob, rtol=1e-4, atol=1e-4)
     with_positions = ["positions" in inputs(b) for b in batches]
-    assert not any(with_positions) if kind.startswith("qwen") else all(with_positions)
+    assert set(with_positions) == {not kind.startswith("qwen")}
 
 
 def test_the_folder_of_a_quantized_model_asks_alike(family: tuple[str, Setup], tmp_path: Path) -> None:
-    kind, setup = family
+    _, setup = family
     models.copy_processor(setup.data.path.parent / "model", tmp_path)
     one, other = setup.processor.inputs("what?", picture()), models.Processor.from_folder(tmp_path).inputs("what?", picture())
     assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
