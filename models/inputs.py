@@ -1,6 +1,5 @@
 """Questions and images to the model's arrays, with transformers' own processor of the family; no torch."""
 
-import shutil
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,29 +14,9 @@ from splitq_jax.models.pictures import Picture, open_image
 from splitq_jax.models.processors import open_processor
 from splitq_jax.models.weights import read_json
 
-# what is copied beside converted or quantized parameters, so that the folder loads by itself
-FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # which tokens are images, in the words of Qwen's and Gemma's processors
 Batch = dict[str, np.ndarray]
 Conversation = list[dict[str, Any]]
-
-
-def copy_processor(source: str | Path, target: str | Path) -> None:
-    """Copy config, tokenizer and processor files from one model folder to another."""
-    for name in FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 class Processor:

@@ -4,6 +4,7 @@ A processor class asks for a video processor where its family has one, and that 
 """
 
 import inspect
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,26 @@ IMAGE_MODULES = {
     "SmolVLMImageProcessor": "smolvlm",
     "Gemma3ImageProcessor": "gemma3",
 }
-FILES = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+# what is copied beside converted or quantized parameters, so that the folder loads by itself
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+def copy_processor(source: str | Path, target: str | Path) -> None:
+    """Copy config, tokenizer and processor files from one model folder to another."""
+    for name in FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
 
 
 def open_processor(folder: str | Path, kind: str, **fixed: Any) -> Any:
@@ -51,7 +71,7 @@ def open_processor(folder: str | Path, kind: str, **fixed: Any) -> Any:
     folder = Path(folder)
     if kind not in PROCESSORS:
         raise InputError(f"config.json: model_type {kind!r} has no processor; supported are {', '.join(PROCESSORS)}")
-    for name in FILES:
+    for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file() and "auto_map" in read_json(folder / name):
             raise InputError(f"{folder / name}: auto_map asks to run the folder's own code, which is never run; remove it")
     tokenizer = _tokenizer(folder)
