@@ -107,6 +107,8 @@ class Processor:
         Raises:
           InputError: see `__call__`.
         """
+        if len(chats) != len(images) or not chats:
+            raise InputError(f"{len(chats)} conversations, {len(images)} entries of images; expected as many, and at least one")
         texts = [self._render(chat, len(group)) for chat, group in zip(chats, images, strict=True)]
         batch = self._process(texts, images)
         for text, row in zip(texts, batch["input_ids"], strict=True):
@@ -170,7 +172,7 @@ class Processor:
         if self.tokenizer.chat_template is None:
             raise InputError("tokenizer: no chat template; add chat_template.jinja to the model folder")
         own = {self.image_token, self.placeholder, getattr(self.whole, "video_token", None)} - {None}
-        for said in (part["text"] for message in chat for part in message["content"] if part["type"] == "text"):
+        for said in (text for message in chat for text in _texts(message["content"])):
             if inside := [token for token in own if token in said]:
                 raise InputError(f"question {said!r}: {inside[0]} is put in for you; leave it out and give the images")
         try:
@@ -224,6 +226,10 @@ def _array(name: str, value: Any) -> np.ndarray:
 
 def _chat(question: str, images: int) -> Conversation:
     return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
+
+
+def _texts(content: str | list[dict[str, Any]]) -> list[str]:
+    return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
 def _as_list(entry: Picture | Sequence[Picture] | None) -> list[Picture]:

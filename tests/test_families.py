@@ -160,14 +160,21 @@ def test_questions_behind_one_image_are_those_of_rows_alone(family: tuple[str, S
     assert all(b["segments"].max() == 2 for b in batches) and [len(b["input_ids"]) for b in batches] == [4, 4]
     result = evaluation.evaluate(model, params, batches)
     assert result.question.tolist() == list(range(len(records)))
-    for number, record in enumerate(records):
+    rows = []
+    for record in records:
         asked, told = processor.exchange(record["question"], record["image"], record["answer"])
-        end = next(i for i, token in enumerate(told) if i >= len(asked) and token in processor.stop_ids) + 1
-        batch = {"input_ids": np.array([told[: end - 1]], np.int32), **processor.vision([record["image"]])}
-        logits = np.asarray(_forward(model, params, model.prepare(batch)))[0, len(asked) - 1 :]
-        target = np.array(told[len(asked) : end])
-        log_prob = jax.nn.log_softmax(logits)[np.arange(target.size), target]
-        np.testing.assert_allclose(result.log_prob[result.token_question == number], log_prob, rtol=1e-4, atol=1e-4)
+        end = next(i for i, token in enumerate(told) if i >= len(asked) and token in processor.stop_ids)
+        rows.append((len(asked), told[: end + 1]))
+    width = max(len(told) for _, told in rows)
+    alone = {
+        "input_ids": np.array([[*told, *[0] * (width - len(told))] for _, told in rows], np.int32),
+        "attention_mask": np.array([[True] * len(told) + [False] * (width - len(told)) for _, told in rows]),
+        **processor.vision([record["image"] for record in records]),
+    }
+    log_prob = np.asarray(jax.nn.log_softmax(_forward(model, params, model.prepare(alone))))
+    for number, (start, told) in enumerate(rows):
+        expected = log_prob[number, np.arange(start - 1, len(told) - 1), list(told[start:])]
+        np.testing.assert_allclose(result.log_prob[result.token_question == number], expected, rtol=1e-4, atol=1e-4)
     with_positions = ["positions" in inputs(b) for b in batches]
     assert set(with_positions) == {not kind.startswith("qwen")}
 

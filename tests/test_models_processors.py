@@ -194,6 +194,10 @@ def test_placeholders_in_a_question_are_refused(kind: str, ours: dict[str, Proce
     for token in {whole.image_token, *FAMILY[kind]["placeholders"]}:
         with pytest.raises(InputError, match="is put in for you"):
             ours[kind].inputs(f"what is {token}?", picture())
+        with pytest.raises(InputError, match="is put in for you"):
+            ours[kind].chats([[{"role": "user", "content": f"{token}"}]], [[picture()]])
+    with pytest.raises(InputError, match="1 conversations, 2 entries of images"):
+        ours[kind].chats([[{"role": "user", "content": "what?"}]], [[], []])
     with pytest.raises(InputError, match="image 1: 4 x 0 pixels"):
         ours[kind](["what?", "no"], [picture(), np.zeros((0, 4, 3), np.uint8)])
     with pytest.raises(InputError, match="a URL"):
