@@ -265,16 +265,19 @@ def causal_mask(
       window: a second mask is appended that sees so many of the last tokens only.
       together: tokens of the same number >= 0 see each other both ways (Gemma's images); -1 for all others.
     """
-    length = valid.shape[1]
-    order = jnp.arange(length)
-    distance = order[:, None] - order[None, :]
-    earlier = [distance >= 0] if window is None else [distance >= 0, (distance >= 0) & (distance < window)]
-    mask = jnp.stack(earlier)[None] & jnp.ones((valid.shape[0], 1, 1, 1), bool)  # B K L L
+    batch, length = valid.shape
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    order = jnp.broadcast_to(jnp.arange(length), valid.shape)
+    if segments is not None:  # a continuation goes on where the prefix ends, however far behind it lies in the row
+        alike = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        order = jnp.sum(causal & alike, axis=-1)
+    near = [] if window is None else [causal & (order[:, :, None] - order[:, None, :] < window)]
+    mask = jnp.stack([causal, *near], axis=1)  # B K L L
     if together is not None:
         mask = mask | ((together[:, :, None] == together[:, None, :]) & (together >= 0)[:, :, None])[:, None]
     mask = mask & valid[:, None, None, :]
     if segments is not None:
-        mask = mask & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))[:, None]
+        mask = mask & alike[:, None]
     return mask | jnp.eye(length, dtype=bool)[None, None]
 
 
