@@ -263,7 +263,8 @@ def causal_mask(
       valid: tokens that are not padding.
       segments: 0 for a shared prefix, s >= 1 for independent continuations of it.
       window: a second mask is appended that sees so many of the last tokens only.
-      together: tokens of the same number >= 0 see each other both ways (Gemma's images); -1 for all others.
+      together: tokens of the same number >= 0 see each other both ways, the earlier ones within the window (Gemma's images); -1 for
+        all others.
     """
     batch, length = valid.shape
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
@@ -271,13 +272,13 @@ def causal_mask(
     if segments is not None:  # a continuation goes on where the prefix ends, however far behind it lies in the row
         alike = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
         order = jnp.sum(causal & alike, axis=-1)
-    near = [] if window is None else [causal & (order[:, :, None] - order[:, None, :] < window)]
-    mask = jnp.stack([causal, *near], axis=1)  # B K L L
+    seen = causal & valid[:, None, :]  # B L L
     if together is not None:
-        mask = mask | ((together[:, :, None] == together[:, None, :]) & (together >= 0)[:, :, None])[:, None]
-    mask = mask & valid[:, None, None, :]
+        seen = seen | ((together[:, :, None] == together[:, None, :]) & ((together >= 0) & valid)[:, None, :])
     if segments is not None:
-        mask = mask & alike[:, None]
+        seen = seen & alike
+    near = [seen] if window is None else [seen, seen & (order[:, :, None] - order[:, None, :] < window)]
+    mask = jnp.stack(near, axis=1)  # B K L L
     return mask | jnp.eye(length, dtype=bool)[None, None]
 
 
