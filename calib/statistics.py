@@ -71,7 +71,7 @@ def collect(
     batches = list(batches)
     hiddens = list(embed(model, params, batches))
     check_modalities(hiddens, one_modality)
-    stats = _vision_stats(model, params, batches) if vision_tower else {}
+    stats = _vision_stats(model, params, batches, gram) if vision_tower else {}
     depth = model.config.num_layers
     task = None if progress is None else progress.add_task("collecting statistics", total=depth)
     for i in range(depth):
@@ -189,31 +189,37 @@ def _sums(v: Float[Array, "L D"], masks: Bool[Array, "3 L"]) -> dict[str, Array]
     return {"absmax": jnp.max(magnitude, axis=1), "abs_sum": jnp.sum(magnitude, axis=1), "count": count}
 
 
-def _vision_stats(model: Any, params: Params, batches: list[Batch]) -> dict[str, SiteStats]:
-    """Maxima of the vision tower's sites; one modality, so no ranks and no split."""
+def _vision_stats(model: Any, params: Params, batches: list[Batch], gram: bool) -> dict[str, SiteStats]:
+    """Maxima of the vision tower's sites; one modality, so no ranks and no split. A site may lie at any depth and be run several times."""
 
     @jax.jit
     def run(p: Params, batch: Any) -> dict[str, dict[str, Array]]:
         _, state = model.apply({"params": p}, **batch, method="embed", mutable=["inputs"])
-        blocks = {k: v for k, v in state["inputs"]["vision"].items() if k.startswith("blocks_")}
-        sites = {f"vision/{b}/{n}": e["kernel"][0] for b, entry in blocks.items() for n, e in entry.items()}
-        return {
-            path: {"absmax": jnp.max(jnp.abs(v), axis=(0, 1)), "abs_sum": jnp.sum(jnp.abs(v), axis=(0, 1))}
-            for path, v in sites.items()
-        }
+        found: dict[str, dict[str, Array]] = {}
+        for path, values in jax.tree_util.tree_leaves_with_path(
+            state.get("inputs", {}).get("vision", {}), is_leaf=lambda v: isinstance(v, tuple)
+        ):
+            site = "/".join(["vision", *(key.key for key in path[:-1])])  # without the kernel's own name
+            x = jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in values])
+            found[site] = {"absmax": jnp.max(jnp.abs(x), axis=0), "abs_sum": jnp.sum(jnp.abs(x), axis=0)}
+            found[site] |= {"gram": x.T @ x} if gram else {}
+        return found
 
     total: dict[str, dict[str, np.ndarray]] = {}
     for batch in batches:
         part = jax.tree.map(np.asarray, run(params, model.prepare(batch)))
-        total = part if not total else {path: _add(total[path], part[path]) for path in part}
+        if part:  # a batch of text has no images
+            total = part if not total else {path: _add(total[path], part[path]) for path in part}
     out = {}
     for path, s in total.items():
         finite(path, s["absmax"], "activations")
+        squares = s.pop("gram", None)
         only_vision = {k: jnp.zeros((3, v.shape[0])).at[VISION].set(v) for k, v in s.items()}
         out[path] = SiteStats(
             **only_vision,
             count=jnp.ones(3),
             vision_channels=jnp.zeros(0, jnp.int32),
             ranks=jnp.zeros((s["absmax"].shape[0], 1), jnp.int32),
+            gram=None if squares is None else jnp.asarray(squares),
         )
     return out

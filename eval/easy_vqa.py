@@ -81,12 +81,35 @@ def prompt(tokenizer: Any, question: str, answer: str, image_token: str) -> Prom
     image = tokenizer.convert_tokens_to_ids(image_token)
     if before.count(image) != 1:
         raise InputError(f"chat template: {before.count(image)} image placeholders in {asked!r}, expected one")
-    if whole[: len(before)] != before:
-        raise InputError(f"chat template: the answer changes the tokens of its question: {told!r} does not begin with {asked!r}")
-    tail, end, at = whole[len(before) :], tokenizer.eos_token_id, before.index(image)
-    if end not in tail:
-        raise InputError(f"chat template: the answer in {told!r} does not end with {tokenizer.eos_token!r}")
-    return Prompt(tuple(before[:at]), tuple(before[at + 1 :]), tuple(tail[: tail.index(end) + 1]))
+    p = split(before, whole, [image], [tokenizer.eos_token_id])
+    return Prompt(p.prefix[:-1], p.question, p.answer)
+
+
+def split(asked: Sequence[int], told: Sequence[int], image: Iterable[int], ends: Iterable[int]) -> Prompt:
+    """Split an exchange behind its image.
+
+    Args:
+      asked: the tokens up to the answer, the image's placeholders among them.
+      told: the tokens with the answer.
+      image: tokens that are placeholders; the last one ends the prefix.
+      ends: tokens that end an answer.
+
+    Raises:
+      InputError: no placeholder; an answer that has no end or changes the tokens before it.
+    """
+    places, ends = set(image), set(ends)
+    at = max((i for i, token in enumerate(asked) if token in places), default=None)
+    if at is None:
+        raise InputError(f"chat template: 0 image placeholders in {list(asked)}, expected at least one")
+    if tuple(told[: len(asked)]) != tuple(asked):
+        raise InputError(
+            f"chat template: the answer changes the tokens of its question: {list(told)} does not begin with {list(asked)}"
+        )
+    tail = told[len(asked) :]
+    end = next((i for i, token in enumerate(tail) if token in ends), None)
+    if end is None:
+        raise InputError(f"chat template: the answer in {list(told)} does not end with one of {sorted(ends)}")
+    return Prompt(tuple(asked[: at + 1]), tuple(asked[at + 1 :]), tuple(tail[: end + 1]))
 
 
 def packed_batches(
@@ -99,50 +122,84 @@ def packed_batches(
     batch_size: int = 16,
     lengths: Sequence[int] | None = None,
 ) -> list[Batch]:
-    """Pack questions behind their images.
+    """Pack questions behind images that all take the same number of tokens, with a tokenizer alone.
 
     Args:
-      data: the questions; those of one image need not stand together.
+      data: the questions.
       tokenizer: a Hugging Face tokenizer with a chat template.
       processor: turns images into pixel values.
       image_token: the image's placeholder.
       image_length: how many placeholders an image takes.
+      batch_size: see `pack`.
+      lengths: see `pack`.
+
+    Returns:
+      See `pack`; pixel values are float32.
+
+    Raises:
+      InputError: see `pack`; a template that does not fit (see `prompt`).
+    """
+    # the questions come from few templates: each is rendered once
+    rendered = cache(partial(prompt, tokenizer, image_token=image_token))
+    image = (tokenizer.convert_tokens_to_ids(image_token),) * image_length
+
+    def render(example: Example) -> Prompt:
+        p = rendered(example.question, example.answer)
+        return Prompt((*p.prefix, *image), p.question, p.answer)
+
+    def vision(images: Sequence[Any]) -> Batch:
+        return {"pixel_values": np.asarray(processor(images), np.float32)}
+
+    return pack(data, render, vision, batch_size=batch_size, lengths=lengths)
+
+
+def pack(
+    data: Iterable[Example],
+    render: Callable[[Example], Prompt],
+    vision: Callable[[Sequence[Any]], Batch],
+    *,
+    batch_size: int = 16,
+    lengths: Sequence[int] | None = None,
+) -> list[Batch]:
+    """Pack questions behind their images.
+
+    Args:
+      data: the questions; those of one image need not stand together.
+      render: gives a question's tokens; the prefix ends with the image's last placeholder, however many it takes.
+      vision: turns images, one a row, into the arrays that the model takes.
       batch_size: rows a batch. The last batch of a length repeats its first row, without targets.
       lengths: the lengths to pad to: few, as each is compiled for. An image whose questions do not fit the longest is repeated in
         further rows. None: one length, the longest row's, rounded up to a multiple of 32.
 
     Returns:
-      Batches of the model's input and ``targets`` and ``question`` (see `splitq_jax.eval.harness.evaluate`), pixel values float32.
+      Batches of the model's input and ``targets`` and ``question`` (see `splitq_jax.eval.harness.evaluate`).
 
     Raises:
-      InputError: no question; a question too long for the longest row; a template that does not fit (see `prompt`).
+      InputError: no question; a question too long for the longest row.
     """
-    # the questions come from few templates: each is rendered once
-    render = cache(partial(prompt, tokenizer, image_token=image_token))
-    image_id = tokenizer.convert_tokens_to_ids(image_token)
     by_image = sorted(data, key=lambda e: e.image_id)
     if not by_image:
         raise InputError("easy-VQA: no question; give at least one image with a question and an answer")
     room = max(lengths) if lengths else sys.maxsize
     groups = [list(group) for _, group in itertools.groupby(by_image, key=lambda e: e.image_id)]
-    filled = [row for group in groups for row in _fill(group, render, image_length, room)]
-    used = [len(prefix) + image_length + sum(len(p.question) + len(p.answer) for _, p in parts) for _, prefix, parts in filled]
+    filled = [row for group in groups for row in _fill(group, render, room)]
+    used = [len(prefix) + sum(len(p.question) + len(p.answer) for _, p in parts) for _, prefix, parts in filled]
     rows: dict[int, list[tuple[Any, Batch]]] = {n: [] for n in sorted(lengths or [-(-max(used) // 32) * 32])}
     for (image, prefix, parts), taken in zip(filled, used, strict=True):
         length = next(n for n in rows if n >= taken)
-        rows[length].append((image, _row((*prefix, *[image_id] * image_length), parts, length)))
-    return [batch for alike in rows.values() for batch in _batches(alike, processor, batch_size)]
+        rows[length].append((image, _row(prefix, parts, length)))
+    return [batch for alike in rows.values() for batch in _batches(alike, vision, batch_size)]
 
 
 def _fill(
-    group: Sequence[Example], render: Callable[[str, str], Prompt], image_length: int, room: int
+    group: Sequence[Example], render: Callable[[Example], Prompt], room: int
 ) -> Iterator[tuple[Any, tuple[int, ...], list[tuple[int, Prompt]]]]:
     """Share the questions of an image among as many rows as they need."""
     parts: list[tuple[int, Prompt]] = []
     used = 0
     for example in group:
-        p = render(example.question, example.answer)
-        size, start = len(p.question) + len(p.answer), len(p.prefix) + image_length
+        p = render(example)
+        size, start = len(p.question) + len(p.answer), len(p.prefix)
         if start + size > room:
             raise InputError(f"question {example.number} takes {start + size} tokens with its image, a row has {room}")
         if parts and (used + size > room or parts[0][1].prefix != p.prefix):
@@ -175,13 +232,11 @@ def _row(prefix: tuple[int, ...], parts: Sequence[tuple[int, Prompt]], length: i
     return row
 
 
-def _batches(rows: Sequence[tuple[Any, Batch]], processor: Processor, batch_size: int) -> Iterator[Batch]:
+def _batches(rows: Sequence[tuple[Any, Batch]], vision: Callable[[Sequence[Any]], Batch], batch_size: int) -> Iterator[Batch]:
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
         spare = batch_size - len(part)
         blank = part[0][1] | {k: np.full_like(part[0][1][k], -1) for k in ("targets", "question")}
         lines = [row for _, row in part] + [blank] * spare
         batch = {k: np.stack([line[k] for line in lines]) for k in lines[0]}
-        pixels = np.asarray(processor([image for image, _ in part]), np.float32)
-        batch["pixel_values"] = np.concatenate([pixels, *[pixels[:1]] * spare])
-        yield batch
+        yield batch | vision([image for image, _ in part] + [part[0][0]] * spare)

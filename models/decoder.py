@@ -271,16 +271,19 @@ def causal_mask(
       together: tokens of the same number >= 0 see each other both ways, the earlier ones within the window (Gemma's images); -1 for
         all others.
     """
-    length = valid.shape[1]
-    order = jnp.arange(length)
-    distance = order[:, None] - order[None, :]
-    seen = (distance >= 0)[None] & valid[:, None, :]  # B L L
+    batch, length = valid.shape
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    order = jnp.broadcast_to(jnp.arange(length), valid.shape)
+    if segments is not None:  # a continuation goes on where the prefix ends, however far behind it lies in the row
+        alike = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
+        order = jnp.sum(causal & alike, axis=-1)
+    seen = causal & valid[:, None, :]  # B L L
     if together is not None:
         seen = seen | ((together[:, :, None] == together[:, None, :]) & ((together >= 0) & valid)[:, None, :])
-    near = [seen] if window is None else [seen, seen & (distance < window)[None]]
-    mask = jnp.stack(near, axis=1)  # B K L L
     if segments is not None:
-        mask = mask & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))[:, None]
+        seen = seen & alike
+    near = [seen] if window is None else [seen, seen & (order[:, :, None] - order[:, None, :] < window)]
+    mask = jnp.stack(near, axis=1)  # B K L L
     return mask | jnp.eye(length, dtype=bool)[None, None]
 
 

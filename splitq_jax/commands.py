@@ -282,9 +282,8 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def _answer(model: Any, params: Any, processor: models.Processor, question: str, images: list[Any], room: int) -> str:
-    (tokens,) = models.generate(model, params, processor([question], [images]), room, stop_ids=(processor.tokenizer.eos_token_id,))
-    text: str = processor.tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.strip()
+    (tokens,) = models.generate(model, params, processor.inputs(question, images), room, stop_ids=processor.stop_ids)
+    return processor.decode(tokens)
 
 
 # --- inspect

@@ -135,8 +135,8 @@ def sample_answers(setup: Setup, params: Params, count: int = 3) -> list[evaluat
     batch = setup.processor([r["question"] for r in shown], [r["image"] for r in shown])
     said = {}
     for name, tree in (("float", setup.params), ("quantized", params)):
-        tokens = models.generate(setup.model, tree, batch, 8, stop_ids=(setup.processor.tokenizer.eos_token_id,))
-        said[name] = [setup.processor.tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
+        tokens = models.generate(setup.model, tree, batch, 8, stop_ids=setup.processor.stop_ids)
+        said[name] = [setup.processor.decode(t) for t in tokens]
     return [
         evaluation.Sample(r["image"], r["question"], r["answer"], {name: texts[i] for name, texts in said.items()})
         for i, r in enumerate(shown)

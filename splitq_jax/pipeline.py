@@ -17,7 +17,7 @@ from splitq_jax.calib.jsonl import Jsonl
 from splitq_jax.calib.reconstruction import BlockError, FitConfig
 from splitq_jax.calib.run import Run, fingerprint
 from splitq_jax.errors import InputError
-from splitq_jax.eval.easy_vqa import Batch, examples, packed_batches
+from splitq_jax.eval.easy_vqa import Batch, Example, Prompt, examples, pack, split
 from splitq_jax.linear import SplitWeight
 from splitq_jax.mocd import TEXT, VISION, SiteStats
 from splitq_jax.recipe import Recipe
@@ -72,16 +72,16 @@ class Setup:
         return cls(*models.load(folder, follow_links=follow_links), models.Processor.from_folder(folder), data)
 
     def batches(self, records: Sequence[Mapping[str, Any]], batch_size: int, lengths: Sequence[int] | None) -> list[Batch]:
-        """Pack questions behind their images (see `splitq_jax.eval.packed_batches`)."""
-        return packed_batches(
-            examples(records),
-            self.processor.tokenizer,
-            self.processor.pixels,
-            image_token=self.processor.image_token,
-            image_length=self.model.config.tokens_per_image,
-            batch_size=batch_size,
-            lengths=lengths,
-        )
+        """Pack questions behind their images (see `splitq_jax.eval.easy_vqa.pack`)."""
+        packed = pack(examples(records), self.prompt, self.processor.vision, batch_size=batch_size, lengths=lengths)
+        # what has three positions a token computes them from the pictures
+        left_out = {"positions"} if self.model.config.text.ropes[0].axes > 1 else set()
+        return [{k: v for k, v in batch.items() if k not in left_out} for batch in packed]
+
+    def prompt(self, example: Example) -> Prompt:
+        """Return a question's tokens, split behind its image."""
+        asked, told = self.processor.exchange(example.question, example.image, example.answer)
+        return split(asked, told, self.model.config.placeholders, self.processor.stop_ids)
 
     def questions(self, split: str, limit: int | None) -> list[Batch]:
         """Return the questions of a split, the first ``limit`` of them or all.

@@ -69,7 +69,7 @@ def test_equals_transformers(kind: str, count: int, tmp_path: Path) -> None:
 def test_pixels_by_hand(processor: Processor) -> None:
     array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     expected = (array / 255 - PIXELS["image_mean"]) / PIXELS["image_std"]
-    got = processor.pixels([array, Image.fromarray(array)])
+    got = processor.vision([array, Image.fromarray(array)])["pixel_values"]
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, np.stack([expected.transpose(2, 0, 1)] * 2), atol=1e-6)
 
@@ -83,7 +83,7 @@ def test_small_pictures_are_read_as_rows_and_columns(size: tuple[int, int], sett
     kind = CLIPImageProcessorPil if settings is PIXELS else SiglipImageProcessorPil
     plain = kind(**{k: v for k, v in settings.items() if k != "image_processor_type"})
     large = plain([Image.new("RGB", (16, 16), colour)], return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(processor.pixels([Image.new("RGB", size, colour)]), large, atol=0.02)
+    np.testing.assert_allclose(processor.vision([Image.new("RGB", size, colour)])["pixel_values"], large, atol=0.02)
 
 
 def test_a_batch_is_padded_on_the_left(processor: Processor, model: Llava) -> None:
@@ -95,9 +95,10 @@ def test_a_batch_is_padded_on_the_left(processor: Processor, model: Llava) -> No
     assert mask[:, -1].all() and (np.diff(mask.astype(int), axis=1) >= 0).all()
     assert (ids[~mask] == WORDS.index("<pad>")).all() and (ids[mask] != WORDS.index("<pad>")).all()
     for row, question, images in zip(range(3), ["what is this?", "what?", "and that?"], [1, 0, 2], strict=True):
-        assert list(ids[row][mask[row]]) == processor.tokens(question, images)
+        (alone,) = processor.inputs(question, [picture()] * images)["input_ids"]
+        assert list(ids[row][mask[row]]) == list(alone)
     assert batch["pixel_values"].shape == (3, 3, 16, 16)
-    np.testing.assert_array_equal(batch["pixel_values"][2], processor.pixels([picture(8, 30, 2)])[0])
+    np.testing.assert_array_equal(batch["pixel_values"][2], processor.vision([picture(8, 30, 2)])["pixel_values"][0])
     longer = processor(["what?"], [None], length=20)
     assert longer["input_ids"].shape == (1, 20) and longer["attention_mask"].sum() == mask[1].sum()
 
@@ -130,7 +131,7 @@ def test_the_processor_is_copied_and_found_in_newer_files(folder: Path, tmp_path
     assert one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
     # as in transformers, the nested settings come first
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PIXELS | {"image_mean": [0, 0, 0]}))
-    assert np.array_equal(Processor.from_folder(tmp_path).pixels([picture()]), one["pixel_values"])
+    assert np.array_equal(Processor.from_folder(tmp_path).vision([picture()])["pixel_values"], one["pixel_values"])
 
 
 def write(name: str, value: Any) -> Callable[[Path], Any]:

@@ -97,7 +97,7 @@ def test_bad_pictures_are_refused(kind: str) -> None:
 
 def test_refusals_count_the_images(processor: Processor) -> None:
     with pytest.raises(InputError, match="image 1: 4 x 0 pixels"):
-        processor.pixels([picture(), np.zeros((0, 4, 3), np.uint8)])
+        processor.vision([picture(), np.zeros((0, 4, 3), np.uint8)])
 
 
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"]
