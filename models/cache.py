@@ -7,7 +7,6 @@ from flax import struct
 from jax.lax import dynamic_update_slice
 from jaxtyping import Array, Float, Int
 
-from splitq_jax.errors import InputError
 from splitq_jax.numerics import encode, scale_of
 
 KV_BITS = (8, 16)  # 16: floats, unrounded
@@ -63,13 +62,7 @@ class Int8KVCache:
 
 
 def empty(shape: tuple[int, int, int, int], dtype: Any, bits: int = 16) -> KVCache | Int8KVCache:
-    """Return a cache of ``shape`` (B, S, G, d), for values of ``dtype``, kept in ``bits`` bits.
-
-    Raises:
-      InputError: other bits than 8 and 16.
-    """
-    if bits not in KV_BITS:
-        raise InputError(f"kv_bits {bits}: supported are 8 (codes) and 16 (the model's floats)")
+    """Return a cache of ``shape`` (B, S, G, d), for values of ``dtype``, kept in ``bits`` bits."""
     if bits == 8:
         scales = jnp.ones((*shape[:3], 1), dtype)
         return Int8KVCache(jnp.zeros(shape, jnp.int8), jnp.zeros(shape, jnp.int8), scales, scales)

@@ -1,6 +1,7 @@
 """Generation: a prefill and a compiled loop of steps on preallocated caches; for float and quantized parameters alike."""
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
-from splitq_jax.models.cache import Cache, empty
+from splitq_jax.models.cache import KV_BITS, Cache, empty
 from splitq_jax.models.decoder import Context, step_mask
 from splitq_jax.models.sampling import Sampling
 from splitq_jax.models.weights import read_json
@@ -63,6 +64,10 @@ def generate(
     """
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
         raise InputError(f"max_new_tokens {max_new_tokens}: expected at least 1")
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 32:
+        raise InputError(f"seed {seed}: expected 0 to 2^32 - 1")
+    if kv_bits not in KV_BITS:
+        raise InputError(f"kv_bits {kv_bits}: supported are 8 (codes) and 16 (the model's floats)")
     sampling, stops = Sampling.of(temperature, top_p, top_k), _stops(stop_ids)
     model.check(batch)
     if batch.get("segments") is not None:
@@ -79,12 +84,12 @@ def generate(
     if on_token is None:
         state = advance(model, params, state, sampling, stops, end)
     else:
-        on_token(np.asarray(state.tokens[:, length]))
+        on_token(_column(state, length))
         for until in range(length + 2, end + 1):
             if np.asarray(state.ended).all():
                 break
             state = advance(model, params, state, sampling, stops, until)
-            on_token(np.asarray(state.tokens[:, until - 1]))
+            on_token(_column(state, until - 1))
     rows = np.asarray(state.tokens)[:, length : int(state.at) + 1]
     return [row[row != NONE] for row in rows]
 
@@ -171,7 +176,7 @@ def advance(
         context = Context(turns, step_mask(used, at, text.window), everywhere, everywhere)
         x = model.apply({"params": params}, last, method="embed_text")
         x, caches = _blocks(model, params, x, context, state.caches, at)
-        return _append(model, params, x, state.replace(caches=caches, used=used), sampling, stops)
+        return _append(model, params, x, replace(state, caches=caches, used=used), sampling, stops)
 
     return jax.lax.while_loop(lambda s: (s.at + 1 < until) & ~s.ended.all(), step, state)
 
@@ -186,7 +191,7 @@ def _append(
     ended = state.ended | jnp.isin(token, stops)
     column = jnp.where(ended, NONE, token)[:, None]
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, column, state.at + 1, axis=1)
-    return state.replace(tokens=tokens, at=state.at + 1, turns=state.turns + 1, ended=ended, key=key)
+    return replace(state, tokens=tokens, at=state.at + 1, turns=state.turns + 1, ended=ended, key=key)
 
 
 def _blocks(
@@ -200,9 +205,13 @@ def _blocks(
     return x, out
 
 
+def _column(state: State, at: int) -> Int[np.ndarray, " B"]:
+    return np.asarray(jax.lax.dynamic_index_in_dim(state.tokens, at, 1, keepdims=False))
+
+
 def _round_up(length: int) -> int:
     """Round to a multiple of 32 or, beyond 256, of an eighth to a quarter of the length."""
-    step = max(32, 1 << (length.bit_length() - 3))
+    step = max(32, (1 << length.bit_length()) // 8)
     return -(-length // step) * step
 
 
@@ -220,6 +229,8 @@ def _pad_left(batch: Mapping[str, Any], length: int, placeholders: Collection[in
 
 def _stops(ids: Collection[int]) -> Int[np.ndarray, " E"]:
     """Return the ids in an array whose size hardly ever changes."""
+    if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids):
+        raise InputError(f"stop_ids {ids!r}: expected token ids")
     found = sorted(int(i) for i in ids)
     return np.array(found + [NONE] * (-len(found) % 8), np.int32)
 
@@ -228,7 +239,8 @@ def _decoded(params: Params) -> Params:
     """Unpack the codes to int8 once instead of at each step, where no kernel reads packed ones: the same products."""
     if jax.default_backend() != "cpu":
         return params
-    return jax.tree.map(_bytes, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    out: Params = jax.tree.map(_bytes, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return out
 
 
 def _bytes(leaf: Any) -> Any:

@@ -64,13 +64,9 @@ class Sampling:
         kept, tokens, whole = self.candidates(scaled, min(SHORT, scaled.shape[-1]))
         if kept.shape == scaled.shape:
             return pick(kept, tokens)
-        return jax.lax.cond(
-            whole, lambda: pick(kept, tokens), lambda: pick(*self.candidates(scaled, scaled.shape[-1])[:2])
-        )
+        return jax.lax.cond(whole, lambda: pick(kept, tokens), lambda: pick(*self.candidates(scaled, scaled.shape[-1])[:2]))
 
-    def candidates(
-        self, scaled: Float[Array, "B V"], count: int
-    ) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Bool[Array, ""]]:
+    def candidates(self, scaled: Float[Array, "B V"], count: int) -> tuple[Float[Array, "B n"], Int[Array, "B n"], Bool[Array, ""]]:
         """Return the n = ``count`` likeliest tokens, best first.
 
         Returns:
