@@ -232,7 +232,7 @@ def _stops(ids: Collection[int]) -> Int[np.ndarray, " E"]:
     if not all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in ids):
         raise InputError(f"stop_ids {ids!r}: expected token ids")
     found = sorted(int(i) for i in ids)
-    return np.array(found + [NONE] * (-len(found) % 8), np.int32)
+    return np.array(found + [NONE] * (8 if not found else -len(found) % 8), np.int32)
 
 
 def _decoded(params: Params) -> Params:
