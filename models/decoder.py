@@ -6,10 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jax.lax import dynamic_update_slice
 from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
+from splitq_jax.models.cache import Cache
 from splitq_jax.models.layers import Linear, RMSNorm, activation, attend, check_sizes
 from splitq_jax.models.rope import Rope, rotate
 
@@ -167,14 +167,6 @@ class Context:
         return x if self.deepstack is None or i >= self.deepstack.shape[2] else x + self.deepstack[:, :, i]
 
 
-@struct.dataclass
-class KVCache:
-    """Keys and values of one block, preallocated for S tokens."""
-
-    k: Float[Array, "B S G d"]
-    v: Float[Array, "B S G d"]
-
-
 class Block(nn.Module):
     """A pre-norm decoder block; ``kind`` 1 attends to a window."""
 
@@ -186,10 +178,14 @@ class Block(nn.Module):
         self,
         x: Float[Array, "B L D"],
         context: Context,
-        cache: KVCache | None = None,
-        start: Int[Array, ""] | int = 0,
+        cache: Cache | None = None,
+        start: Int[Array, ""] | None = None,
     ) -> Any:
-        """Map the tokens; with a cache, L new tokens are written at ``start`` and (output, cache) is returned."""
+        """Map the tokens; with a cache, they are written into it and (output, cache) is returned.
+
+        Without ``start`` the cache is empty: the tokens come first and see each other. With it, they are written there and see all that
+        the cache holds.
+        """
         c, text = self.config, context.is_text
 
         def norm(name: str) -> RMSNorm:
@@ -204,13 +200,8 @@ class Block(nn.Module):
         angles = c.ropes[self.kind].angles(context.positions, c.head_dim)
         q, k = rotate(q, angles), rotate(k, angles)
         if cache is not None:
-            zero = jnp.zeros((), jnp.int32)
-            at = (zero, jnp.asarray(start, jnp.int32), zero, zero)
-            cache = KVCache(
-                dynamic_update_slice(cache.k, k.astype(cache.k.dtype), at),
-                dynamic_update_slice(cache.v, v.astype(cache.v.dtype), at),
-            )
-            k, v = cache.k, cache.v
+            cache = cache.write(k, v, 0 if start is None else start)
+            k, v = (k, v) if start is None else cache.read()
         h = attend(q, k, v, context.mask[:, self.kind : self.kind + 1], c.query_scale)
         h = Linear(c.hidden_size, use_bias=c.output_bias, name="o")(h, text)
         x = x + (norm("norm_attn_out")(h) if c.gemma else h)

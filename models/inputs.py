@@ -62,7 +62,7 @@ class Processor:
                 "num_additional_image_tokens": int(model.vision.is_clip),
                 "vision_feature_select_strategy": model.vision_feature_select_strategy,
             }
-        return cls(model, open_processor(folder, kind, **fixed), _stop_ids(folder, config))
+        return cls(model, open_processor(folder, kind, **fixed), stop_ids(folder))
 
     def inputs(self, question: str, images: Picture | Sequence[Picture] | None = None) -> Batch:
         """Return a batch of one: ``processor.inputs("What is this?", images=["a.png"])``; see `__call__`."""
@@ -238,8 +238,21 @@ def _as_list(entry: Picture | Sequence[Picture] | None) -> list[Picture]:
     return list(entry) if isinstance(entry, list | tuple) else [entry]  # type: ignore[list-item]
 
 
-def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
-    """Return the end tokens that the folder names; a chat may end its turns with another one than the tokenizer's."""
-    file = folder / "generation_config.json"
-    named = (read_json(file) if file.is_file() else config).get("eos_token_id")
-    return [i for i in (named if isinstance(named, list) else [named]) if type(i) is int and i >= 0]
+def stop_ids(folder: str | Path) -> tuple[int, ...]:
+    """Return the tokens that end an answer, from ``generation_config.json`` or else ``config.json``.
+
+    Raises:
+      InputError: entries that are no token ids.
+    """
+    folder = Path(folder)
+    name = "generation_config.json"
+    config = read_json(folder / name) if (folder / name).is_file() else {}
+    if "eos_token_id" not in config:
+        name, config = "config.json", read_json(folder / "config.json")
+        if config.get("eos_token_id") is None and isinstance(config.get("text_config"), dict):
+            config = config["text_config"]
+    found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError(f"{folder / name}: eos_token_id {found!r}; expected a token id or a list of them")
+    return tuple(ids)

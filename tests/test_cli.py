@@ -72,7 +72,16 @@ def test_from_a_folder_to_an_answer(home: Path, capsys: pytest.CaptureFixture[st
     assert [r["method"] for r in rows] == ["float", "splitq"] and rows[1]["kl"] > 0
     capsys.readouterr()
     assert run("generate", home / "w4a4", "what is this", "--image", home / "0.png", "--max-new-tokens", 3) == 0
-    assert 0 < len(capsys.readouterr().out.split()) <= 3
+    said = capsys.readouterr().out
+    assert 0 < len(said.split()) <= 3
+    assert run("generate", home / "w4a4", "what is this", "--image", home / "0.png", "--max-new-tokens", 3, "--stream") == 0
+    assert capsys.readouterr().out == said
+    drawn = ["--max-new-tokens", 9, "--temperature", 2, "--top-p", 0.9, "--kv-bits", 8]
+    answers = set()
+    for seed in (1, 2, 1):
+        assert run("generate", home / "w4a4", "what is this", "--image", home / "0.png", *drawn, "--seed", seed) == 0
+        answers.add(capsys.readouterr().out)
+    assert len(answers) == 2
     assert run("inspect", home / "w4a4", "--plots", home / "plots") == 0
     shown = capsys.readouterr().out
     assert "decoder/blocks_1/down" in shown and "W4A4" in shown and "44 + 2 + 2" in shown
@@ -93,6 +102,9 @@ REFUSED = {
     "text only": (["calibrate", "MODEL", "--out", "OUT", "--data", "TEXT", "--samples", "1"], "needs an image"),
     "corrupt image": (["calibrate", "MODEL", "--out", "OUT", "--data", "CORRUPT", "--samples", "1"], "corrupt.png"),
     "a URL": (["generate", "MODEL", "what", "--image", "https://example.org/a.png"], "nothing is fetched"),
+    "no such temperature": (["generate", "MODEL", "what", "--temperature", "-1"], "temperature -1"),
+    "no such share": (["generate", "MODEL", "what", "--temperature", "1", "--top-p", "0"], "top_p 0"),
+    "no tokens": (["generate", "MODEL", "what", "--max-new-tokens", "0"], "max_new_tokens 0"),
     "not quantized": (["inspect", "FLAX"], "not quantized"),
     "converted already": (["convert", "FLAX", "--out", "OUT"], "is converted already"),
     "output is a model": (["convert", "MODEL", "--out", "MODEL", "--overwrite"], "left alone"),
