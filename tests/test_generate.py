@@ -67,7 +67,7 @@ def recomputed(model: Any, params: Any, batch: dict[str, np.ndarray], count: int
     positions = np.pad(positions, (*gap, *((0, 0),) * (positions.ndim - 2)))
     for _ in range(count):
         token = np.asarray(forward(batch | {"input_ids": ids, "attention_mask": mask, "positions": positions}))
-        following = np.broadcast_to(positions.max(axis=(1, 2))[:, None, None] + 1, (len(ids), 1, positions.shape[2]))
+        following = positions[:, -1:] + 1
         ids, mask, positions = (
             np.concatenate([a[:, 1:], b], axis=1).astype(a.dtype)
             for a, b in ((ids, token[:, None]), (mask, np.ones((len(ids), 1), bool)), (positions, following))
