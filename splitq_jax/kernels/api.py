@@ -86,7 +86,8 @@ def quantize_activations(
 
     def on(run: _Run, x: Array, w: SplitWeight, is_text: Array | None) -> Activations:
         a: Activations = run("quantize_activations", w, x.shape[0])(x, w, is_text)
-        return a._replace(side=None if a.side is None else a.side.astype(side))
+        values = a.values if a.scale is None else a.values.astype(jnp.int8)  # int4 stays inside a backend
+        return a._replace(values=values, side=None if a.side is None else a.side.astype(side))
 
     prepared: Activations = _dispatch(on, backend, x, w, is_text)
     return prepared

@@ -2,7 +2,8 @@
 
 A site's product is ``y = s_x s_w (codes . W_m) + side . B + bias``. ``side``, R columns, carries all that is narrow:
 ``[x_t | x_v | X U_s | Q(D) U_c]``, each already rescaled per token; ``B``'s rows are ``[W_t; W_v; V_s; V_c]``. So one narrow product
-in the epilogue serves the side groups and both low-rank branches.
+in the epilogue serves the side groups and both low-rank branches. Accelerators hold both of its operands in bfloat16, as a float model
+would; the reference holds them in float32.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
