@@ -360,7 +360,8 @@ def test_weight_only_matmul(backend, bits, count, width, group):
     bias = jnp.asarray(rng.standard_normal(136), jnp.float32)
     x64, decoded = np.asarray(x.astype(jnp.float32), np.float64), numpy_matrix(w)
     got = run(api.weight_only_matmul, x, w, bias, backend=backend)
-    # a grouped scale is rounded to bfloat16 together with its code where the product runs on bfloat16 operands
+    if group and count > 256 and backend == "tpu":  # many tokens meet weights that were rounded with their scales
+        decoded = decoded.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
     magnitude = np.abs(x64) @ np.abs(decoded)
     assert_close(got, x64 @ decoded + np.asarray(bias), magnitude, jnp.bfloat16)
 

@@ -87,6 +87,13 @@ def _dot(x: Array, w: Array, interpret: bool) -> Array:
     return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
 
 
+def _rounded(x: Array, interpret: bool) -> Array:
+    """Round to bfloat16."""
+    if interpret:  # XLA on CPU would leave a rounding to bfloat16 and back out
+        x = jax.lax.reduce_precision(x, 8, 7)
+    return x.astype(jnp.bfloat16)
+
+
 def _operand_type(on: tiles.Chip, a_bits: int) -> Any:
     """Return the type in which activations of so many bits meet the weight."""
     if a_bits >= FLOAT_BITS:
@@ -247,7 +254,10 @@ class _Product:
         piece = t.columns // t.pieces
         slot = jax.lax.rem(step, 2)
         # decoded once for all rows, unless that is done beside the MXU for nothing, or happens once anyway
-        keep = row_steps > 1 and w_ready.dtype == jnp.bfloat16
+        # groups fill the MXU by halves or less: many tokens meet weights that carry their scales, rounded to bfloat16
+        scaled = self.group > 0 and t.tokens > 256
+        keep = scaled or (row_steps > 1 and w_ready.dtype == jnp.bfloat16)
+        step_size = 0.5 if self.bits == 3 else 1.0  # 3-bit codes come doubled
         keep_side = row_steps > 2
 
         def part(p: Any) -> Any:
@@ -281,9 +291,7 @@ class _Product:
                     parts.append(_decode(ref[:, at], bits, jnp.bfloat16))
                     continue
                 rows = _decode(ref[:, at], bits, jnp.float32) * column_scale[:, at]
-                if self.interpret:  # XLA on CPU would leave a rounding to bfloat16 and back out
-                    rows = jax.lax.reduce_precision(rows, 8, 7)
-                parts.append(rows.astype(jnp.bfloat16))
+                parts.append(_rounded(rows, self.interpret))
             return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
         def compute(at: Any) -> None:
@@ -291,8 +299,9 @@ class _Product:
             x = x_buffer[pl.ds(m * t.rows, t.rows)]
             w = w_ready[:, at] if keep else _decode(w_buffer[jax.lax.rem(block, t.depth), :, at], self.bits, w_ready.dtype)
             x = x if x.dtype == w.dtype else x.astype(w.dtype)
-            step_size = 0.5 if self.bits == 3 else 1.0  # 3-bit codes come doubled
-            if self.group:
+            if scaled:
+                y = _dot(x, w, self.interpret)
+            elif self.group:
                 y = jnp.zeros((t.rows, at.size), jnp.float32)
                 for i in range(scale.shape[0]):
                     rows = slice(i * self.group, (i + 1) * self.group)
@@ -332,8 +341,14 @@ class _Product:
 
         def arrive(p: Any) -> None:
             fetch_w(block, p).wait()
-            if keep:
-                w_ready[:, part(p)] = _decode(w_buffer[jax.lax.rem(block, t.depth), :, part(p)], self.bits, w_ready.dtype)
+            codes = w_buffer[jax.lax.rem(block, t.depth), :, part(p)]
+            if scaled:
+                decoded = _decode(codes, self.bits, jnp.float32)
+                for i in range(scale.shape[0]):
+                    rows = slice(i * self.group, (i + 1) * self.group)
+                    w_ready[rows, part(p)] = _rounded(decoded[rows] * (scale[i : i + 1, part(p)] * step_size), self.interpret)
+            elif keep:
+                w_ready[:, part(p)] = _decode(codes, self.bits, w_ready.dtype)
 
         def in_one() -> None:
             for p in range(t.pieces):
