@@ -1,19 +1,18 @@
 """`linear`: the one place where a model meets a weight, and `SplitWeight`, the weight held as packed codes.
 
-This is the reference path: integer dot products in XLA with one rescale per token and per output channel.
+How packed codes are multiplied is the business of `splitq_jax.kernels`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from splitq_jax.numerics import FLOAT_BITS, encode, scale_of
-from splitq_jax.qtensor import QTensor, integer_dot
-from splitq_jax.site import RoundedSplit, TrainableSplit, round_weights, rounded_linear, served_by_mac, split
-from splitq_jax.transforms import Transform, apply
+from splitq_jax.kernels import api, sharding
+from splitq_jax.qtensor import QTensor
+from splitq_jax.site import RoundedSplit, TrainableSplit, round_weights, rounded_linear
+from splitq_jax.transforms import Transform
 
 
 @struct.dataclass
@@ -52,6 +51,7 @@ class SplitWeight:
       mac: ``Q(U_c)``, ``Q(V_c)`` or None.
       mac_tokens: the tokens that MAC serves.
       residual_bits: bits of MAC's activation residual.
+      axis: the mesh axis over which the output channels are cut (see `splitq_jax.kernels.sharding`); None: not at all.
     """
 
     perm: Int[Array, " D"] | None
@@ -60,6 +60,7 @@ class SplitWeight:
     mac: Branch | None
     mac_tokens: str = struct.field(pytree_node=False)
     residual_bits: int = struct.field(pytree_node=False)
+    axis: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,17 +77,6 @@ class Lora:
     b: Float[Array, "r N"]
 
 
-class Tokens(NamedTuple):
-    """Activations as int8 codes with a scale per token, or floats with ``scale=None``."""
-
-    values: Array
-    scale: Float[Array, "*B 1"] | None
-
-    def decode(self) -> Float[Array, "*B K"]:
-        """Return the float activations."""
-        return self.values if self.scale is None else self.values.astype(self.scale.dtype) * self.scale
-
-
 def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = None) -> Float[Array, "*B N"]:
     """Multiply tokens by a weight leaf.
 
@@ -100,7 +90,7 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
       TypeError: for any other leaf.
     """
     if isinstance(w, SplitWeight):
-        return split_linear(x.astype(jnp.float32), w, is_text).astype(x.dtype)
+        return split_linear(x, w, is_text)
     if isinstance(w, TrainableSplit):
         w = round_weights(w)
     if isinstance(w, RoundedSplit):
@@ -113,45 +103,11 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
 
 
 def split_linear(x: Float[Array, "*B D"], w: SplitWeight, is_text: Bool[Array, "*B"] | None) -> Float[Array, "*B N"]:
-    """Multiply float32 tokens by packed codes: ``Y = Y_m + Y_t + Y_v`` (arXiv 2605.19929, eq. 6, 8, 10)."""
-    tokens = [x] if w.perm is None else split(x[..., w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
-    y = jnp.zeros((*x.shape[:-1], w.shape[1]), x.dtype)
-    for i, (group, x_j) in enumerate(zip(w.groups, tokens, strict=True)):
-        x_t = apply(group.transform, x_j)
-        x_hat = quantize_tokens(x_t, group.a_bits, group.a_clip)
-        y += dot(x_hat, group.w)
-        if i == 0 and w.cws is not None:
-            y += branch(x_hat, w.cws)
-        if i == 0 and w.mac is not None:
-            residual = quantize_tokens(x_t - x_hat.decode(), w.residual_bits, None)
-            y += jnp.where(served_by_mac(w.mac_tokens, is_text, x.shape[:-1]), branch(residual, w.mac), 0)
-    return y
-
-
-def quantize_tokens(x: Float[Array, "*B K"], bits: int, clip: Float[Array, " 2"] | None) -> Tokens:
-    """Quantize each token with a scale of its own, computed from the token."""
-    if bits >= FLOAT_BITS:
-        return Tokens(x, None)
-    scale = scale_of(x, bits, clip)
-    return Tokens(encode(x, scale, bits), scale)
-
-
-def dot(x: Tokens, w: QTensor) -> Float[Array, "*B N"]:
-    """Multiply tokens by codes with a scale per column: an integer product, rescaled once."""
-    if w.scale is None:
-        return x.decode() @ w.words[0]
-    columns = w.scale.reshape((1,) * (x.values.ndim - 1) + (-1,))
-    if x.scale is None:
-        return (x.values @ w.codes().astype(x.values.dtype)) * columns
-    return integer_dot(x.values, w.codes()).astype(x.scale.dtype) * x.scale * columns
-
-
-def branch(x: Tokens, pair: Branch) -> Float[Array, "*B N"]:
-    """Return ``(x u) v``; the narrow product stays float and carries both scales of each singular direction."""
-    narrow = dot(x, pair.u)  # *B r
-    if pair.v.scale is None:
-        return narrow @ pair.v.words[0]
-    return (narrow * pair.v.scale.reshape((1,) * (narrow.ndim - 1) + (-1,))) @ pair.v.codes().astype(narrow.dtype)
+    """Multiply tokens by packed codes: ``Y = Y_m + Y_t + Y_v`` (arXiv 2605.19929, eq. 6, 8, 10), by the kernels of the platform."""
+    mask = None if is_text is None else is_text.reshape(-1)
+    tokens = x.reshape(-1, x.shape[-1])
+    y = api.split_matmul(tokens, w, mask) if w.axis is None else sharding.multiply(tokens, w, mask)
+    return y.reshape(*x.shape[:-1], w.shape[1])
 
 
 def stored_bits(w: SplitWeight) -> int:

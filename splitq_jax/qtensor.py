@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from splitq_jax.errors import InputError
 from splitq_jax.numerics import FLOAT_BITS, encode, scale_of
-from splitq_jax.packing import pack, unpack
+from splitq_jax.packing import pack, padded_rows, unpack
 
 
 @struct.dataclass
@@ -17,44 +18,86 @@ class QTensor:
 
     Attributes:
       words: packed codes (see `splitq_jax.packing`); at 16 bits the values themselves.
-      scale: ``(1, N)``, one per column, or ``(K, 1)``, one per row; None at 16 bits.
+      scale: ``(1, N)``, one per column, ``(K, 1)``, one per row, or ``(K/g, N)``, one per column and group of g rows; None at 16 bits.
       bits: 2, 3, 4, 8 or 16.
       rows: K, which the padded words do not tell.
+      k_last: the words are transposed, ``(N, K/8)``: the layout that GPUs read.
     """
 
     words: tuple[Array, ...]
     scale: Float[Array, "_ _"] | None
     bits: int = struct.field(pytree_node=False)
     rows: int = struct.field(pytree_node=False)
+    k_last: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(K, N)``."""
-        return self.rows, self.words[0].shape[1]
+        return self.rows, self.words[0].shape[0 if self.k_last else 1]
+
+    @property
+    def padded_rows(self) -> int:
+        """K with the rows of zero codes that fill the words."""
+        words: int = self.words[0].shape[1 if self.k_last else 0]
+        return words if self.bits >= 8 else words * 32 // self.bits
+
+    @property
+    def group(self) -> int:
+        """g, the rows that share a scale: K for scales per column."""
+        return self.rows if self.scale is None else self.rows // self.scale.shape[0]
 
     def codes(self) -> Int[Array, "K N"]:
         """Return the int8 codes."""
-        return unpack(self.words, self.bits, self.rows)
+        words = (self.words[0].T,) if self.k_last else self.words
+        return unpack(words, self.bits, self.rows)
 
     def decode(self) -> Float[Array, "K N"]:
         """Return the float matrix."""
         if self.scale is None:
             return self.words[0]
-        return self.codes().astype(self.scale.dtype) * self.scale
+        scale = self.scale
+        if 1 < scale.shape[0] < self.rows:
+            scale = jnp.repeat(scale, self.group, axis=0)
+        return self.codes().astype(scale.dtype) * scale
 
 
-@partial(jax.jit, static_argnames=("bits", "axis"))
-def quantize_matrix(w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 N"] | None = None, axis: int = 0) -> QTensor:
-    """Round a matrix to nearest, one scale for all entries along ``axis`` (0: per column, 1: per row)."""
+@partial(jax.jit, static_argnames=("bits", "axis", "multiple"))
+def quantize_matrix(
+    w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 N"] | None = None, axis: int = 0, multiple: int = 1
+) -> QTensor:
+    """Round a matrix to nearest, one scale for all entries along ``axis`` (0: per column, 1: per row).
+
+    The words are padded to a ``multiple`` of rows.
+    """
     if bits >= FLOAT_BITS:
         return QTensor((w,), None, bits, w.shape[0])
     scale = scale_of(w, bits, clip, axis)
-    return from_codes(encode(w, scale, bits), scale, bits)
+    return from_codes(encode(w, scale, bits), scale, bits, multiple)
 
 
-def from_codes(codes: Int[Array, "K N"], scale: Float[Array, "_ _"], bits: int) -> QTensor:
+def quantize_groups(w: Float[Array, "K N"], bits: int, group: int, multiple: int = 1) -> QTensor:
+    """Round a matrix to nearest, one scale for each column and each ``group`` rows.
+
+    Raises:
+      InputError: a group that does not divide the rows.
+    """
+    if group < 1 or w.shape[0] % group:
+        raise InputError(f"groups of {group} rows do not divide {w.shape[0]} rows; choose a divisor")
+    grouped = w.reshape(-1, group, w.shape[1])  # K/g g N
+    scale = scale_of(grouped, bits, axis=1)
+    return from_codes(encode(grouped, scale, bits).reshape(w.shape), scale[:, 0], bits, multiple)
+
+
+def from_codes(codes: Int[Array, "K N"], scale: Float[Array, "_ _"], bits: int, multiple: int = 1) -> QTensor:
     """Pack int8 codes with their scales."""
-    return QTensor(pack(codes, bits), scale, bits, codes.shape[0])
+    return QTensor(pack(codes, bits, multiple), scale, bits, codes.shape[0])
+
+
+def pad_words(w: QTensor, multiple: int) -> QTensor:
+    """Return the same matrix with its words padded to a ``multiple`` of rows: a copy, so best made once."""
+    if w.bits >= FLOAT_BITS or padded_rows(w.rows, w.bits, multiple) == w.padded_rows:
+        return w
+    return QTensor(pack(w.codes(), w.bits, multiple), w.scale, w.bits, w.rows)
 
 
 def integer_dot(a: Int[Array, "*B K"], b: Int[Array, "K N"]) -> Int[Array, "*B N"]:

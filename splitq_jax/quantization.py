@@ -18,7 +18,8 @@ from splitq_jax.errors import InputError
 from splitq_jax.linear import Branch, Group, SplitWeight, stored_bits
 from splitq_jax.mocd import SiteStats
 from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, logit
-from splitq_jax.qtensor import quantize_matrix
+from splitq_jax.packing import TILE_ROWS, WIDE
+from splitq_jax.qtensor import pad_words, quantize_matrix
 from splitq_jax.recipe import Recipe
 from splitq_jax.rounding import gptq
 from splitq_jax.site import LearnedGroup, TrainableSplit, clip_factors, split, unrounded
@@ -211,21 +212,23 @@ def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
     """Round one site."""
     (w_bits, a_bits), (side_w_bits, side_a_bits) = recipe.main_bits, recipe.side
     weights, cws, mac = unrounded(site)
+    multiple = TILE_ROWS if site.w.shape[0] >= WIDE else 1
     groups = []
     for i, (group, w, channels) in enumerate(zip(site.groups, weights, split(site.perm, site.sizes, 0), strict=True)):
         bits = w_bits if i == 0 else side_w_bits
         clip = clip_factors(group.w_clip)
         if site.gram is None:
-            codes = quantize_matrix(w, bits, clip)
+            codes = quantize_matrix(w, bits, clip, multiple=multiple)
         else:  # X P has the Gram matrix P^T X^T X P: transform both sides
             half = apply(group.transform, site.gram[channels][:, channels])
-            codes = gptq(w, apply(group.transform, half.T), bits, clip)
+            codes = pad_words(gptq(w, apply(group.transform, half.T), bits, clip), multiple)
         groups.append(Group(group.transform, clip_factors(group.a_clip), codes, a_bits if i == 0 else side_a_bits))
 
     def branch(factors: tuple[Array, Array] | None) -> Branch | None:
         if factors is None:
             return None
-        return Branch(quantize_matrix(factors[0], side_w_bits, axis=0), quantize_matrix(factors[1], side_w_bits, axis=1))
+        u, v = (quantize_matrix(f, side_w_bits, axis=i, multiple=multiple) for i, f in enumerate(factors))
+        return Branch(u, v)
 
     perm = site.perm if len(site.sizes) > 1 else None
     return SplitWeight(perm, tuple(groups), branch(cws), branch(mac), site.mac_tokens, side_a_bits)

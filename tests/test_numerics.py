@@ -90,8 +90,28 @@ def test_packed_layout_is_the_documented_one():
     (words,) = packing.pack(codes, 4)
     expected = [sum((int(c) & 15) << (4 * j) for j, c in enumerate(range(-8 + 8 * k, 8 * k))) for k in range(2)]
     assert (np.asarray(words).view(np.uint32)[:, 0] == np.array(expected, np.uint32)).all()
-    low, high = packing.pack(jnp.array([[-1], [-4], [3]] + [[0]] * 29, jnp.int8), 3)
-    assert low[:, 0].tolist() == [3 | 0 << 2 | 3 << 4, 0] and high[:, 0].tolist() == [0b011]
+    # one slab of 64 rows: three planes of two words; rows 0-47 in the upper bits, rows 48-63 in the lowest
+    codes = np.array([(5 * r + r // 7) % 8 - 4 for r in range(64)])
+    expected = np.zeros((3, 2), np.uint32)
+    for r, code in enumerate(codes & 7):
+        quarter, k, j = r // 16, r % 16 // 8, r % 8
+        if quarter < 3:
+            expected[quarter, k] |= np.uint32(int(code) << (4 * j + 1))
+        else:
+            for b in range(3):
+                expected[b, k] |= np.uint32((int(code) >> b & 1) << (4 * j))
+    (words,) = packing.pack(jnp.asarray(codes, jnp.int8)[:, None], 3)
+    assert (np.asarray(words).view(np.uint32)[:, 0] == expected.reshape(-1)).all()
+
+
+def test_wide_matrices_are_stored_in_whole_tiles():
+    codes = np.random.default_rng(0).integers(-4, 4, (1100, 2)).astype(np.int8)
+    (words,) = packing.pack(jnp.asarray(codes), 3)
+    assert words.shape == (5 * 24, 2) and packing.padded_rows(1100, 3) == 1280  # slabs of 256 rows, three tiles of 8 words each
+    # the second slab alone is rows 256 to 511: slabs can be dealt to devices
+    assert (packing.unpack((words[24:48],), 3, 256) == codes[256:512]).all()
+    (words,) = packing.pack(jnp.asarray(codes), 4, multiple=64)
+    assert words.shape == (1152 // 8, 2) and (packing.unpack((words,), 4, 1100) == codes).all()
 
 
 def test_integer_dot_is_exact():

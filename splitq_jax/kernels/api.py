@@ -1,0 +1,179 @@
+"""Low-bit products, one public function a job; each runs on the backend that fits where the program runs.
+
+``backend=None`` chooses inside jit, by the platform that the program is lowered for: the TPU's and the GPU's kernels, and the
+reference everywhere else. A backend's name forces it: ``"tpu"`` and ``"gpu"`` are interpreted where there is none (slow, exact).
+What a backend does not take goes to the reference, and says why to the logger ``splitq_jax.kernels`` at level DEBUG.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float
+
+from splitq_jax.errors import InputError
+from splitq_jax.kernels import reference
+from splitq_jax.kernels.operands import Activations, side_width
+from splitq_jax.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from splitq_jax.linear import SplitWeight
+else:
+    SplitWeight = Any
+
+Backend = Literal["reference", "tpu", "gpu"]
+PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}  # backends and JAX's names of what they run on
+MODULES = {name for name in PLATFORMS if importlib.util.find_spec(f"splitq_jax.kernels.{name}")}
+DECODE_TOKENS = 64  # up to here the product is bound by the weight's bytes, and quantizing inside it is free
+_Run = Callable[[str, Any, int], Callable[..., Any]]
+LOG = logging.getLogger("splitq_jax.kernels")
+
+
+def split_matmul(
+    x: Float[Array, "M D"],
+    w: SplitWeight,
+    is_text: Bool[Array, " M"] | None = None,
+    bias: Float[Array, " N"] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    backend: Backend | None = None,
+) -> Float[Array, "M N"]:
+    """Multiply tokens by a site: `decode_matmul` for few tokens, else `quantize_activations` and `quantized_matmul`.
+
+    Args:
+      x: tokens.
+      w: the site.
+      is_text: which tokens are text; only MAC reads it. None: all are.
+      bias: added at the end.
+      dtype: of the result; None for that of ``x``.
+      backend: see the module.
+
+    Raises:
+      InputError: an unknown backend.
+    """
+    out = jnp.dtype(dtype or x.dtype)
+
+    def on(run: _Run, x: Array, w: SplitWeight, is_text: Array | None, bias: Array | None) -> Array:
+        if x.shape[0] <= DECODE_TOKENS:
+            return run("decode_matmul", w, x.shape[0])(x, w, is_text, bias, dtype=out)
+        # side's type is the backend's own: it stays inside
+        a = run("quantize_activations", w, x.shape[0])(x, w, is_text)
+        return run("quantized_matmul", w, x.shape[0])(a, w, bias, dtype=out)
+
+    return _dispatch(on, backend, x, w, is_text, bias)
+
+
+def quantize_activations(
+    x: Float[Array, "M D"],
+    w: SplitWeight,
+    is_text: Bool[Array, " M"] | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Activations:
+    """Transform and split tokens, quantize each with a scale of its own, and compute the narrow operand of `quantized_matmul`.
+
+    The narrow operand is bfloat16, the tensor cores' type, on every backend but the forced reference, which leaves it in float32.
+
+    Raises:
+      InputError: an unknown backend.
+    """
+    side = jnp.float32 if backend == "reference" else jnp.bfloat16
+
+    def on(run: _Run, x: Array, w: SplitWeight, is_text: Array | None) -> Activations:
+        a: Activations = run("quantize_activations", w, x.shape[0])(x, w, is_text)
+        values = a.values if a.scale is None else a.values.astype(jnp.int8)  # int4 stays inside a backend
+        return a._replace(values=values, side=None if a.side is None else a.side.astype(side))
+
+    prepared: Activations = _dispatch(on, backend, x, w, is_text)
+    return prepared
+
+
+def quantized_matmul(
+    a: Activations,
+    w: SplitWeight,
+    bias: Float[Array, " N"] | None = None,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    backend: Backend | None = None,
+) -> Float[Array, "M N"]:
+    """Return ``s_x s_w (codes . W_m) + side . B + bias``: integer products for integer codes, float ones where activations stay floats.
+
+    Raises:
+      InputError: an unknown backend; a side operand that does not fit the site.
+    """
+    width = 0 if a.side is None else a.side.shape[1]
+    if width != side_width(w):
+        raise InputError(f"quantized_matmul: the side operand has {width} columns, the site's has {side_width(w)}")
+    return _dispatch(_job("quantized_matmul", dtype, w, a.values.shape[0]), backend, a, w, bias)
+
+
+def decode_matmul(
+    x: Float[Array, "M D"],
+    w: SplitWeight,
+    is_text: Bool[Array, " M"] | None = None,
+    bias: Float[Array, " N"] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    backend: Backend | None = None,
+) -> Float[Array, "M N"]:
+    """Quantize tokens inside the product: the form for few tokens, as in decoding.
+
+    Raises:
+      InputError: an unknown backend.
+    """
+    return _dispatch(_job("decode_matmul", dtype or x.dtype, w, x.shape[0]), backend, x, w, is_text, bias)
+
+
+def weight_only_matmul(
+    x: Float[Array, "M K"],
+    w: QTensor,
+    bias: Float[Array, " N"] | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    backend: Backend | None = None,
+) -> Float[Array, "M N"]:
+    """Return ``x W + bias`` for float tokens and packed codes with scales per column, or per column and group of rows.
+
+    Raises:
+      InputError: an unknown backend; a width of ``x`` that is not the weight's.
+    """
+    if x.shape[1] != w.rows:
+        raise InputError(f"weight_only_matmul: tokens of {x.shape[1]} channels, a weight of {w.rows} rows")
+    return _dispatch(_job("weight_only_matmul", dtype or x.dtype, w, x.shape[0]), backend, x, w, bias)
+
+
+def _job(name: str, dtype: DTypeLike, w: SplitWeight | QTensor, tokens: int) -> Callable[..., Any]:
+    return lambda run, *args: run(name, w, tokens)(*args, dtype=jnp.dtype(dtype))
+
+
+def _dispatch(on: Callable[..., Any], backend: Backend | None, *args: Any) -> Any:
+    """Run ``on(run, *args)``, where ``run`` finds a backend's function of a job, on the backend asked for or on the platform's."""
+    if backend not in (None, "reference", *PLATFORMS):
+        raise InputError(f"backend {backend!r}; expected None, 'reference', {', '.join(map(repr, PLATFORMS))}")
+    on_reference = partial(on, _reference)
+    if backend == "reference":
+        return on_reference(*args)
+    if backend is None:
+        compiled = {PLATFORMS[name]: partial(on, partial(_kernel, name, False)) for name in sorted(MODULES)}
+        return jax.lax.platform_dependent(*args, default=on_reference, **compiled)
+    compiled = {PLATFORMS[backend]: partial(on, partial(_kernel, backend, False))}
+    return jax.lax.platform_dependent(*args, default=partial(on, partial(_kernel, backend, True)), **compiled)
+
+
+def _reference(job: str, w: SplitWeight | QTensor, tokens: int) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(reference, job)
+    return function
+
+
+def _kernel(backend: str, interpret: bool, job: str, w: SplitWeight | QTensor, tokens: int) -> Callable[..., Any]:
+    """Return a backend's function of a job, or the reference's where the backend refuses."""
+    module = import_module(f"splitq_jax.kernels.{backend}")
+    if reason := module.refuses(job, w, tokens):
+        LOG.debug("%s %s x %s: %s leaves it to the reference: %s", job, tokens, w.shape, backend, reason)
+        return _reference(job, w, tokens)
+    return partial(getattr(module, job), interpret=interpret)

@@ -1,0 +1,82 @@
+"""What the kernels of every backend share: the operands, what of a site goes into which, and the parts that XLA computes.
+
+A site's product is ``y = s_x s_w (codes . W_m) + side . B + bias``. ``side``, R columns, carries all that is narrow:
+``[x_t | x_v | X U_s | Q(D) U_c]``, each already rescaled per token; ``B``'s rows are ``[W_t; W_v; V_s; V_c]``. So one narrow product
+in the epilogue serves the side groups and both low-rank branches. Accelerators hold both of its operands in bfloat16, as a float model
+would; the reference holds them in float32.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from splitq_jax.numerics import FLOAT_BITS
+from splitq_jax.qtensor import QTensor
+from splitq_jax.site import served_by_mac, split
+from splitq_jax.transforms import apply
+
+if TYPE_CHECKING:
+    from splitq_jax.linear import SplitWeight
+else:
+    SplitWeight = Any  # the leaf's module imports the kernels
+
+
+class Activations(NamedTuple):
+    """M tokens, ready for `api.quantized_matmul`.
+
+    Attributes:
+      values: the main group's int8 codes, as wide as the weight's padded rows (zeros there), or floats where activations stay floats.
+      scale: the step of each token, None for floats.
+      side: the narrow operand, segments as in `segments`, each as wide as its weight's padded rows (zeros there); None where the site
+        has no side. The reference keeps it in float32, accelerators in bfloat16.
+    """
+
+    values: Array
+    scale: Float[Array, "M 1"] | None
+    side: Float[Array, "M R"] | None
+
+
+class Segment(NamedTuple):
+    """Rows of ``B``: ``codes * columns``, or ``codes`` where the weight's scales lie along its rows and are in ``side`` already."""
+
+    w: QTensor
+    columns: Float[Array, "1 N"] | None
+
+
+def segments(w: SplitWeight) -> list[Segment]:
+    """Return the rows of ``B`` in order: text and vision group, CWS, MAC, without those that the site lacks."""
+    groups = [Segment(g.w, g.w.scale) for g in w.groups[1:]]
+    return groups + [Segment(b.v, None) for b in (w.cws, w.mac) if b is not None]
+
+
+def side_width(w: SplitWeight) -> int:
+    """Return R, 0 for no side."""
+    return sum(s.w.padded_rows for s in segments(w))
+
+
+def transformed(x: Float[Array, "M D"], w: SplitWeight) -> list[Float[Array, "M K"]]:
+    """Return every group's channels after its transform, float32."""
+    # channels are picked before they are widened: half the bytes
+    tokens = [x] if w.perm is None else split(x[:, w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
+    return [apply(g.transform, x_j.astype(jnp.float32)) for g, x_j in zip(w.groups, tokens, strict=True)]
+
+
+def mac_mask(w: SplitWeight, is_text: Bool[Array, " M"] | None, tokens: int) -> Float[Array, "M 1"]:
+    """Return 1 for the tokens that MAC serves, 0 for the others."""
+    return served_by_mac(w.mac_tokens, is_text, (tokens,)).astype(jnp.float32)
+
+
+def row_scale(v: QTensor) -> Float[Array, "1 r"] | None:
+    """Return the scales of V's rows as factors of ``side``'s columns; None at 16 bits."""
+    return None if v.scale is None else v.scale.reshape(1, -1)
+
+
+def widen(x: Array, columns: int) -> Array:
+    """Append zero columns up to ``columns``."""
+    return x if x.shape[-1] == columns else jnp.pad(x, ((0, 0), (0, columns - x.shape[-1])))
+
+
+def keeps_floats(w: SplitWeight) -> bool:
+    """Return whether the main group's activations are not quantized."""
+    return w.groups[0].a_bits >= FLOAT_BITS

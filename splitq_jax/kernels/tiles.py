@@ -1,0 +1,95 @@
+"""Tiles of the TPU kernels, by rule from the chip's generation and the shape: nothing is tried at run time."""
+
+from typing import NamedTuple
+
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+MIB = 2**20
+
+
+class Chip(NamedTuple):
+    """What the rules read.
+
+    Attributes:
+      generation: 5 (v5e, v5p), 6 (v6e) or 7 (tpu7x).
+      vmem: bytes of VMEM that a kernel may take.
+    """
+
+    generation: int
+    vmem: int
+
+
+class Tiles(NamedTuple):
+    """How a product of M tokens and N columns is cut.
+
+    Attributes:
+      tokens: M, padded.
+      block: tokens that stay in VMEM while all of the weight passes.
+      rows: tokens of one product in the kernel; divides ``block``.
+      columns: output channels of a step; divides N.
+      depth: weight blocks in VMEM: one in use, the others on their way.
+      pieces: parts in which the first step takes its weight block and the last one gives its result.
+    """
+
+    tokens: int
+    block: int
+    rows: int
+    columns: int
+    depth: int
+    pieces: int
+
+
+def chip() -> Chip:
+    """Return the chip that the program is traced for: the abstract mesh's or the default device's, v6e where that is no TPU."""
+    try:
+        info = pltpu.get_tpu_info()
+    except Exception:  # traced on another platform: lowered for TPU only if the caller names one by an abstract mesh
+        return Chip(6, 100 * MIB)
+    return Chip(info.generation, info.vmem_capacity_bytes * 25 // 32)
+
+
+def up(value: int, unit: int) -> int:
+    """Round up to a multiple."""
+    return -(-value // unit) * unit
+
+
+def divisor(size: int, most: int) -> int:
+    """Return the largest multiple of a lane tile that divides ``size`` and is at most ``most``; ``size`` is such a multiple."""
+    return max(d for d in range(LANES, max(most, LANES) + 1, LANES) if size % d == 0)
+
+
+def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_bytes: float, decoded_bytes: float) -> Tiles:
+    """Choose the tiles of a product.
+
+    The whole of K stays in one step, so nothing is accumulated over the grid. All tokens that fit stay in VMEM while the weight passes
+    once.
+
+    Args:
+      on: the chip.
+      tokens: M.
+      rows: K, padded.
+      columns: N, a multiple of a lane tile.
+      x_bytes: bytes of an activation.
+      w_bytes: bytes of a packed weight.
+      decoded_bytes: bytes of a weight as the product takes it.
+    """
+    few = tokens <= 256
+    chunks = -(-tokens // 1024)
+    step = up(-(-tokens // chunks), 64 if tokens > 64 else 16 if tokens > 8 else 8)
+    # a grid step costs some 450 cycles beside its products
+    wanted, depth = (1024 if decoded_bytes > 1 else 512, 3) if few else (2048, 2)
+
+    def taken(block: int, n: int) -> float:
+        weights = rows * n * (depth * w_bytes + decoded_bytes)
+        return weights + block * rows * x_bytes + step * n * 12 + 4 * MIB
+
+    n = divisor(columns, wanted)
+    while n > LANES and taken(step, n) > on.vmem:
+        n = divisor(columns, n - LANES)
+    chunk = chunks
+    while chunk > 1 and taken(chunk * step, n) > on.vmem:
+        chunk -= 1
+    blocks = -(-chunks // chunk)
+    pieces = 1 if few else max(p for p in (1, 2, 4) if n % (p * 2 * LANES) == 0 or p == 1)
+    return Tiles(blocks * chunk * step, chunk * step, step, n, depth, pieces)

@@ -1,0 +1,432 @@
+"""Every backend of every kernel against float64 numpy, which reads the packed words itself."""
+
+import importlib
+import logging
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from splitq_jax.errors import InputError
+from splitq_jax.kernels import api, operands, sharding
+from splitq_jax.linear import Branch, Group, SplitWeight, linear
+from splitq_jax.packing import TILE_ROWS, padded_rows, slab_rows
+from splitq_jax.qtensor import QTensor, quantize_groups, quantize_matrix
+from splitq_jax.transforms import IDENTITY, Transform, factors, orthogonal
+
+BACKENDS = ["reference", *sorted(api.MODULES)]
+ACCUMULATION = 2.0**-20  # float32 sums, as a share of the sum of magnitudes
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+# --- the definition, in float64 and from the bits
+
+
+def numpy_codes(w: QTensor) -> np.ndarray:
+    """Read codes bit by bit, as `splitq_jax.packing` says."""
+    words = np.asarray(w.words[0]).view(np.uint32 if w.bits < 8 else np.int8)
+    if w.bits == 8:
+        return words[: w.rows].astype(np.int64)
+    rows = np.arange(w.rows)
+    if w.bits == 3:
+        slab = 256 if w.rows >= 1024 or w.rows % 256 == 0 else -(-w.rows // 32) * 32
+        base, r = rows // slab * (3 * slab // 32), rows % slab
+        quarter, k, j = r // (slab // 4), r % (slab // 4) // 8, r % 8
+        upper = words[base + np.minimum(quarter, 2) * (slab // 32) + k] >> (4 * j + 1)[:, None] & 7
+        bits = [words[base + b * (slab // 32) + k] >> (4 * j)[:, None] & 1 for b in range(3)]
+        field = np.where((quarter == 3)[:, None], bits[0] | bits[1] << 1 | bits[2] << 2, upper).astype(np.int64)
+    else:
+        per_word = 32 // w.bits
+        field = (words[rows // per_word] >> (w.bits * (rows % per_word))[:, None] & (2**w.bits - 1)).astype(np.int64)
+    return np.where(field >= 2 ** (w.bits - 1), field - 2**w.bits, field)
+
+
+def numpy_pack(codes: np.ndarray, bits: int, multiple: int) -> np.ndarray:
+    """Write codes into words as `splitq_jax.packing` says: the tests' own, so that a mistake there is not undone here."""
+    rows = padded_rows(codes.shape[0], bits, multiple)
+    field = np.pad(codes, ((0, rows - codes.shape[0]), (0, 0))).astype(np.int64) & (2**bits - 1)
+    if bits != 3:
+        field = field.reshape(-1, 32 // bits, codes.shape[1]).astype(np.uint32)
+        return np.bitwise_or.reduce(field << (bits * np.arange(32 // bits, dtype=np.uint32))[None, :, None], axis=1).view(np.int32)
+    slab = slab_rows(codes.shape[0])
+    quarters = field.reshape(-1, 4, slab // 32, 8, codes.shape[1]).astype(np.uint32)
+    nibbles = [quarters[:, b] << np.uint32(1) | quarters[:, 3] >> np.uint32(b) & np.uint32(1) for b in range(3)]
+    shifts = 4 * np.arange(8, dtype=np.uint32)[None, None, :, None]
+    planes = [np.bitwise_or.reduce(n << shifts, axis=2) for n in nibbles]  # slabs S/32 N
+    return np.stack(planes, axis=1).reshape(-1, codes.shape[1]).view(np.int32)
+
+
+def numpy_matrix(w: QTensor) -> np.ndarray:
+    scale = np.asarray(w.scale, np.float64)
+    return numpy_codes(w) * np.repeat(scale, w.rows // scale.shape[0], axis=0)
+
+
+def numpy_step(x: np.ndarray, bits: int, clip) -> np.ndarray:
+    """Return the step between codes of each token, as `numerics` defines it."""
+    high, low = (np.maximum((sign * x).max(1, keepdims=True), 0) for sign in (1, -1))
+    high, low = (high, low) if clip is None else (float(clip[0]) * high, float(clip[1]) * low)
+    step = np.maximum(high, low) / (2 ** (bits - 1) - 1)
+    return np.where(step > np.finfo(np.float32).tiny, step, 1)
+
+
+def numpy_encode(x: np.ndarray, step: np.ndarray, bits: int) -> np.ndarray:
+    return np.clip(np.rint(x / step), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1).astype(np.int64)
+
+
+def near_ties(x: np.ndarray, step: np.ndarray, blur) -> np.ndarray:
+    """Return where ``x``, known within ``blur``, may be rounded either way."""
+    return np.abs(np.abs(x / step) % 1 - 0.5) * step <= blur
+
+
+def assert_close(got, expected, magnitude, dtype):
+    """Within one rounding to ``dtype`` and the error of float32 sums."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    half_step = np.abs(expected) * float(ml_dtypes.finfo(dtype).eps)
+    excess = np.abs(got - expected) - half_step - ACCUMULATION * magnitude
+    assert np.isfinite(got).all()
+    assert (excess <= 0).all(), f"{(excess > 0).mean():.1%} of the entries; worst {excess.max():.3g}"
+
+
+def run(function, *args, **options):
+    """Call a public function inside jit."""
+    return jax.jit(lambda *a: function(*a, **options))(*args)
+
+
+class Product(NamedTuple):
+    value: np.ndarray
+    magnitude: np.ndarray  # sum of the terms' magnitudes
+
+
+def numpy_product(backend: str, a: operands.Activations, w: SplitWeight, bias) -> Product:
+    """The product of given operands; accelerators hold the narrow weights in bfloat16, the reference in float32."""
+    main = w.groups[0].w
+    values = np.asarray(a.values, np.float64)[:, : main.rows]
+    if a.scale is not None:
+        values = values * np.asarray(a.scale, np.float64)
+    terms = [(values, numpy_matrix(main))]
+    if a.side is not None:
+        side, at = np.asarray(a.side, np.float64), 0
+        for segment in operands.segments(w):
+            rows = numpy_codes(segment.w) * (1.0 if segment.columns is None else np.asarray(segment.columns, np.float64))
+            rows = rows if backend == "reference" else rows.astype(ml_dtypes.bfloat16).astype(np.float64)
+            terms.append((side[:, at : at + segment.w.rows], rows))
+            at += segment.w.padded_rows
+    value, magnitude = (sum(f(x) @ f(b) for x, b in terms) for f in (np.asarray, np.abs))
+    if bias is not None:
+        value, magnitude = value + np.asarray(bias, np.float64), magnitude + np.abs(np.asarray(bias, np.float64))
+    return Product(value, magnitude)
+
+
+# --- sites and tokens
+
+
+def codes_of(rng, rows: int, columns: int, bits: int, wide: bool, row_scales: bool = False) -> QTensor:
+    """A matrix with every code of its range, padded as wide sites are."""
+    codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns)).astype(np.int8)
+    shape = (rows, 1) if row_scales else (1, columns)
+    scale = (0.5 + rng.random(shape)) / np.sqrt(rows) / 2 ** (bits - 1)
+    words = numpy_pack(codes, bits, TILE_ROWS if wide else 1)
+    return QTensor((jnp.asarray(words),), jnp.asarray(scale, jnp.float32), bits, rows)
+
+
+def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), transform=True, clip=0.9) -> SplitWeight:
+    """A site of ``width`` channels: two side groups of ``side`` channels each (0: none) and branches of these ranks (0: none)."""
+    rng = np.random.default_rng(seed)
+    w_bits, a_bits = bits
+    side_w, side_a, wide = max(4, w_bits), max(4, a_bits), width >= 1024
+    sizes = [k for k in (width - 2 * side, side, side) if k]
+
+    def transform_of(k):
+        if not transform:
+            return IDENTITY
+        n1, n2 = factors(k)
+        d = jnp.asarray(0.5 + rng.random(k), jnp.float32)
+        return Transform(d, jnp.asarray(orthogonal(n1, 1)) if n1 > 1 else None, jnp.asarray(orthogonal(n2, 2)))
+
+    def branch(rank):
+        if not rank:
+            return None
+        return Branch(codes_of(rng, sizes[0], rank, side_w, wide), codes_of(rng, rank, columns, side_w, wide, row_scales=True))
+
+    groups = tuple(
+        Group(
+            transform_of(k),
+            jnp.array([clip, clip - 0.1], jnp.float32),
+            codes_of(rng, k, columns, side_w if i else w_bits, wide),
+            side_a if i else a_bits,
+        )
+        for i, k in enumerate(sizes)
+    )
+    perm = jnp.asarray(rng.permutation(width), jnp.int32) if len(sizes) > 1 else None
+    return SplitWeight(perm, groups, branch(ranks[0]), branch(ranks[1]), "text", side_a)
+
+
+def tokens_of(seed, count, width, dtype=jnp.bfloat16):
+    """Tokens of very different size, one of zeros, one huge, one tiny."""
+    rng = np.random.default_rng(seed + 1)
+    x = rng.standard_normal((count, width)) * np.exp(rng.standard_normal((count, 1)))
+    for row, factor in ((1, 0.0), (2, 1e30), (3, 1e-30)):
+        x[row : row + 1] *= factor
+    return jnp.asarray(x, dtype)
+
+
+def mask_of(kind, count, seed=0):
+    mask = {"text": np.ones, "vision": np.zeros}.get(kind)
+    return jnp.asarray(np.random.default_rng(seed).random(count) < 0.5 if mask is None else mask(count, bool))
+
+
+def given_operands(seed, count, w: SplitWeight) -> operands.Activations:
+    """Operands that reach the ends of their ranges, of tokens of very different size."""
+    rng = np.random.default_rng(seed + 2)
+    main = w.groups[0]
+    low, high = -(2 ** (main.a_bits - 1)), 2 ** (main.a_bits - 1)
+    values = rng.integers(low, high, (count, main.w.rows)).astype(np.int8)
+    scale = np.exp(rng.standard_normal((count, 1))).astype(np.float32)
+    values[1 % count], scale[min(2, count - 1)] = 0, 1e20
+    values = np.pad(values, ((0, 0), (0, main.w.padded_rows - main.w.rows)))
+    parts = [
+        np.pad(rng.standard_normal((count, s.w.rows)) * scale, ((0, 0), (0, s.w.padded_rows - s.w.rows)))
+        for s in operands.segments(w)
+    ]
+    side = jnp.asarray(np.concatenate(parts, 1), jnp.bfloat16) if parts else None
+    return operands.Activations(jnp.asarray(values), jnp.asarray(scale), side)
+
+
+# --- the tests
+
+
+SCHEMES = [(4, 8), (4, 4), (3, 8), (3, 4), (3, 3), (3, 2)]
+
+
+SHAPES = [(1, 576, 200, 8), (70, 1536, 384, 64), (33, 2048, 131, 64)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "width", "columns", "side"),
+    [
+        ((4, 8), *SHAPES[0]),
+        ((3, 4), *SHAPES[0]),
+        ((4, 4), *SHAPES[1]),
+        ((3, 8), *SHAPES[1]),
+        ((4, 8), *SHAPES[2]),
+        ((3, 3), *SHAPES[2]),
+    ],
+    ids=str,
+)
+def test_quantized_matmul(backend, bits, count, width, columns, side):
+    w = site_of(0, width, columns, bits, side=side, ranks=(11, 17) if width < 1024 else (32, 48), transform=False)
+    a = given_operands(0, count, w)
+    bias = jnp.asarray(np.random.default_rng(3).standard_normal(columns), jnp.float32)
+    expected = numpy_product(backend, a, w, bias)
+    got = run(api.quantized_matmul, a, w, bias, dtype=jnp.bfloat16, backend=backend)
+    assert got.dtype == jnp.bfloat16
+    assert_close(got, *expected, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(("bits", "count", "width"), [((4, 4), 5, 3584), ((3, 3), 9, 11008), ((4, 8), 3, 18944)], ids=str)
+def test_widths_of_real_models(backend, bits, count, width):
+    w = site_of(1, width, 128, bits, side=0, ranks=(0, 0), transform=False)
+    a = given_operands(1, count, w)
+    assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("bits", SCHEMES, ids=lambda b: "w{}a{}".format(*b))
+def test_integer_sums_are_exact(backend, bits):
+    """Scales of 1 and float32 outputs: the accumulator itself, at the ends of the codes' ranges too."""
+    w = site_of(2, 2048, 136, bits, side=0, ranks=(0, 0), transform=False)
+    main = w.groups[0].w.replace(scale=jnp.ones((1, 136), jnp.float32))
+    w = w.replace(groups=(w.groups[0].replace(w=main),))
+    a = given_operands(2, 40, w)._replace(scale=jnp.ones((40, 1), jnp.float32))
+    ends = a.values.at[0].set(-(2 ** (bits[1] - 1))).at[3].set(2 ** (bits[1] - 1) - 1)
+    a = a._replace(values=ends)
+    got = np.asarray(run(api.quantized_matmul, a, w, dtype=jnp.float32, backend=backend))
+    assert (got == np.asarray(a.values, np.int64)[:, : main.rows] @ numpy_codes(main)).all()
+
+
+@pytest.mark.parametrize("count", [128, 2048])
+def test_many_tokens(backend, count):
+    w = site_of(3, 1536, 160, (4, 4), ranks=(16, 32), transform=False)
+    a = given_operands(3, count, w)
+    assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("which", ["all", "no side groups", "no cws", "no branches", "nothing"])
+def test_sites_that_lack_parts(backend, which):
+    side = 0 if which in ("no side groups", "nothing") else 64
+    cws, mac = {"no cws": (0, 32), "no mac": (32, 0), "no branches": (0, 0), "nothing": (0, 0)}.get(which, (32, 48))
+    w = site_of(4, 1024, 136, (4, 4), side=side, ranks=(cws, mac))
+    a = given_operands(4, 20, w)
+    assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
+    # and from tokens: the two forms are one function
+    x, text = tokens_of(4, 20, 1024), mask_of("mixed", 20)
+    prepared = run(api.quantize_activations, x, w, text, backend=backend)
+    assert_close(
+        run(api.decode_matmul, x, w, text, backend=backend, dtype=jnp.float32),
+        *numpy_product(backend, prepared, w, None),
+        jnp.bfloat16,
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "mask"), [((4, 8), "mixed"), ((4, 4), "text"), ((4, 4), "vision"), ((3, 3), "mixed"), ((3, 2), "mixed")], ids=str
+)
+def test_quantize_activations(backend, bits, mask):
+    """From tokens: codes and scales exactly where no transform blurs them, the narrow operand within one rounding."""
+    count, width = 20, 1024
+    w = site_of(5, width, 128, bits, transform=False)
+    x, text = tokens_of(5, count, width), mask_of(mask, count)
+    got = run(api.quantize_activations, x, w, text, backend=backend)
+    xs = np.split(
+        np.asarray(x.astype(jnp.float32), np.float64)[:, np.asarray(w.perm)], np.cumsum([g.w.rows for g in w.groups])[:-1], axis=1
+    )
+    parts, magnitudes = [], []
+    for i, (group, x_j) in enumerate(zip(w.groups, xs, strict=True)):
+        step = numpy_step(x_j, group.a_bits, np.asarray(group.a_clip))
+        if i == 0:
+            # from the scale that was found, which float32 leaves two roundings
+            main, main_step = np.asarray(got.values, np.int64)[:, : group.w.rows], np.asarray(got.scale, np.float64)
+            np.testing.assert_allclose(main_step, step, rtol=2**-22)
+            assert ((main == numpy_encode(x_j, main_step, group.a_bits)) | near_ties(x_j, main_step, 2**-21 * np.abs(x_j))).all()
+            assert not np.asarray(got.values)[:, group.w.rows :].any()
+        else:
+            codes = numpy_encode(x_j, step, group.a_bits)
+            parts.append(codes * step)
+            ties = near_ties(x_j, step, 2**-21 * np.abs(x_j))
+            magnitudes.append(np.abs(parts[-1]) + ties * step / ACCUMULATION)
+    # float32 may hold x - codes * step with one rounding or with two
+    residual, blur = xs[0] - main * main_step, np.abs(xs[0]).max(1, keepdims=True) * 2.0**-22
+    residual_step = numpy_step(residual, w.residual_bits, None)
+    codes = numpy_encode(residual, residual_step, w.residual_bits)
+    off = near_ties(residual, residual_step, 2 * blur) * residual_step + np.abs(codes) * blur / (2 ** (w.residual_bits - 1) - 1)
+    serves = np.asarray(text)[:, None]
+    for branch, values, slack in ((w.cws, main * main_step, 0.0), (w.mac, codes * residual_step * serves, off * serves)):
+        u, v = numpy_matrix(branch.u), np.asarray(branch.v.scale, np.float64).T
+        parts.append(values @ u * v)
+        magnitudes.append((np.abs(values) + slack / ACCUMULATION) @ np.abs(u) * v)
+    at = 0
+    for segment, part, magnitude in zip(operands.segments(w), parts, magnitudes, strict=True):
+        assert_close(got.side[:, at : at + segment.w.rows], part, magnitude, jnp.bfloat16)
+        assert not np.asarray(got.side[:, at + segment.w.rows : at + segment.w.padded_rows]).any()
+        at += segment.w.padded_rows
+    assert at == got.side.shape[1]
+
+
+def test_transforms_come_before_the_quantizer(backend):
+    """Codes differ from float64's only where the transformed value lies within float32's error of a tie."""
+    w = site_of(6, 1536, 128, (4, 4), clip=0.95)
+    x = tokens_of(6, 24, 1536)
+    got = run(api.quantize_activations, x, w, None, backend=backend)
+    k, group = w.groups[0].w.rows, w.groups[0]
+    chosen = np.asarray(x.astype(jnp.float32), np.float64)[:, np.asarray(w.perm)[:k]] * np.asarray(group.transform.d, np.float64)
+    p = np.kron(np.asarray(group.transform.p1, np.float64), np.asarray(group.transform.p2, np.float64))
+    expected = chosen @ p
+    scale = np.asarray(got.scale, np.float64)
+    high, low = 0.95 * expected.max(1, keepdims=True), -0.85 * expected.min(1, keepdims=True)
+    live = np.arange(24) != 1
+    np.testing.assert_allclose(scale[live], (np.maximum(high, low) / 7)[live], rtol=1e-5)
+    codes = np.clip(np.rint(expected / scale), -8, 7)
+    differs = codes != np.asarray(got.values)[:, :k]
+    distance = np.abs(np.abs(expected / scale - np.floor(expected / scale)) - 0.5)
+    assert differs.mean() < 1e-4 and (distance[differs] < 1e-4).all()
+
+
+@pytest.mark.parametrize(("bits", "count"), [((4, 8), 1), ((4, 4), 33), ((3, 8), 16), ((3, 3), 1)], ids=str)
+def test_decode_is_quantize_and_multiply(backend, bits, count):
+    w = site_of(7, 1536, 200, bits)
+    x, text = tokens_of(7, count, 1536), mask_of("mixed", count)
+    bias = jnp.asarray(np.random.default_rng(3).standard_normal(200), jnp.float32)
+    a = run(api.quantize_activations, x, w, text, backend=backend)
+    got = run(api.decode_matmul, x, w, text, bias, backend=backend)
+    assert got.dtype == x.dtype
+    assert_close(got, *numpy_product(backend, a, w, bias), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "width", "group"),
+    [(4, 1, 1536, 0), (3, 17, 2048, 0), (4, 40, 1024, 128), (3, 17, 2048, 64), (4, 300, 1024, 32)],
+)
+def test_weight_only_matmul(backend, bits, count, width, group):
+    rng = np.random.default_rng(8)
+    matrix = jnp.asarray(rng.standard_normal((width, 136)), jnp.float32)
+    w = quantize_groups(matrix, bits, group, TILE_ROWS) if group else quantize_matrix(matrix, bits, multiple=TILE_ROWS)
+    x = tokens_of(8, count, width)
+    bias = jnp.asarray(rng.standard_normal(136), jnp.float32)
+    x64, decoded = np.asarray(x.astype(jnp.float32), np.float64), numpy_matrix(w)
+    got = run(api.weight_only_matmul, x, w, bias, backend=backend)
+    if group and count > 256 and backend == "tpu":  # many tokens meet weights that were rounded with their scales
+        decoded = decoded.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+    magnitude = np.abs(x64) @ np.abs(decoded)
+    assert_close(got, x64 @ decoded + np.asarray(bias), magnitude, jnp.bfloat16)
+
+
+def test_sites_with_float_activations(backend):
+    w = site_of(9, 1024, 136, (4, 16), ranks=(48, 0), transform=False)
+    x = tokens_of(9, 20, 1024)
+    a = run(api.quantize_activations, x, w, None, backend=backend)
+    assert a.scale is None
+    assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
+
+
+def test_the_platform_chooses_inside_jit():
+    """On CPU the reference runs, bit for bit; a program lowered for another platform would hold its kernel."""
+    w, x = site_of(10, 576, 64, (4, 4), side=8, ranks=(11, 17)), tokens_of(10, 9, 576, jnp.float32)
+    chosen, forced = (jax.jit(lambda x, w, b=b: api.split_matmul(x, w, backend=b))(x, w) for b in (None, "reference"))
+    assert (chosen == forced).all()
+    assert (jax.jit(linear)(x[None], w)[0] == chosen).all()
+
+
+def test_what_the_kernels_take(backend):
+    """A refusal is right but slow, and would leave the kernels untested."""
+    if backend == "reference":
+        return
+    module = importlib.import_module(f"splitq_jax.kernels.{backend}")
+    for bits in SCHEMES:
+        for width, side, ranks in ((576, 8, (11, 17)), (1536, 64, (32, 48)), (3584, 64, (0, 0))):
+            w = site_of(0, width, 136, bits, side=side, ranks=ranks, transform=False)
+            for job in ("quantize_activations", "quantized_matmul", "decode_matmul"):
+                assert module.refuses(job, w, 16) is None
+    for bits, group in ((4, 0), (3, 0), (4, 32), (3, 64), (4, 128)):
+        w = quantize_groups(jnp.ones((1024, 136)), bits, group or 1024)
+        assert module.refuses("weight_only_matmul", w, 16) is None
+
+
+def test_what_does_not_fit_is_named(caplog):
+    w = site_of(11, 576, 64, (4, 4), side=8, ranks=(11, 17))
+    with pytest.raises(InputError, match="backend 'cpu'"):
+        api.split_matmul(tokens_of(0, 4, 576), w, backend="cpu")
+    with pytest.raises(InputError, match="side operand"):
+        api.quantized_matmul(given_operands(0, 4, w)._replace(side=None), w)
+    with pytest.raises(InputError, match="channels"):
+        api.weight_only_matmul(tokens_of(0, 4, 100), w.groups[0].w)
+    with pytest.raises(InputError, match="divide"):
+        quantize_groups(jnp.ones((100, 4)), 4, 32)
+    two_bits = site_of(12, 576, 64, (2, 4), side=0, ranks=(0, 0), transform=False)
+    a = given_operands(12, 4, two_bits)
+    for name in api.MODULES:
+        with caplog.at_level(logging.DEBUG, "splitq_jax.kernels"):
+            got = run(api.quantized_matmul, a, two_bits, backend=name)
+        assert f"{name} leaves it to the reference" in caplog.text
+        assert_close(got, *numpy_product("reference", a, two_bits, None), jnp.bfloat16)
+
+
+def test_output_channels_over_devices():
+    """Every device computes its own channels: the same to the last bit, and each holds a quarter of the weight."""
+    w = site_of(13, 576, 256, (4, 4), side=8, ranks=(11, 17))
+    x, text = tokens_of(13, 6, 576, jnp.float32), mask_of("mixed", 6)
+    whole = jax.jit(linear)(x, w, text)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    marked = sharding.by_columns(w, "model", 4)
+    placed = jax.tree.map(lambda a, s: jax.device_put(a, jax.sharding.NamedSharding(mesh, s)), marked, sharding.specs(marked))
+    assert placed.groups[0].w.words[0].sharding.shard_shape((70, 256)) == (70, 64)
+    with jax.set_mesh(mesh):
+        cut = jax.jit(linear)(x, placed, text)
+    assert (np.asarray(cut) == np.asarray(whole)).all() and cut.sharding.shard_shape(cut.shape) == (6, 64)
+    with pytest.raises(InputError, match="divisor"):
+        sharding.by_columns(w, "model", 7)

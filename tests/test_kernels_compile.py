@@ -1,0 +1,139 @@
+"""The kernels in the hands of the real TPU compiler: they compile at the shapes of real models, in the mode that is stated."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+from tpu_targets import HAS_LIBTPU, SIZES, VMEM, activations, array, compile_for, matrix, products, site, sites_of
+
+from splitq_jax.kernels import api, sharding, tiles, tpu
+from splitq_jax.linear import SplitWeight
+from splitq_jax.models.decoder import KVCache
+from splitq_jax.models.generate import step
+from splitq_jax.models.llava import Llava, LlavaConfig
+from splitq_jax.quantization import kernels, replace_kernels
+
+pytestmark = [pytest.mark.tpu_compile, pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")]
+
+INTEGERS = {("v5e", 4): "s4", ("v5e", 8): "s8", ("v6e", 4): "s4", ("v6e", 8): "s8", ("tpu7x", 4): "f8e4m3fn", ("tpu7x", 8): "bf16"}
+
+
+def operand_of(chip, a_bits):
+    return INTEGERS[chip, 4 if a_bits <= 4 else 8]
+
+
+def no_weight_sized_temporary(compiled, *weights):
+    # what is left is the tokens' (picking channels turns them around); one copied or decoded weight would be more
+    assert compiled.memory_analysis().temp_size_in_bytes < max(w.groups[0].w.words[0].size * 4 for w in weights)
+
+
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize(("chip", "bits"), [("v6e", (4, 4)), ("v5e", (3, 4)), ("tpu7x", (4, 8))], ids=str)
+def test_decoding(chip, bits, model):
+    weights = [site(*shape, bits) for shape in sites_of(model).values()]
+    tokens = [array((16, w.shape[0]), "bfloat16") for w in weights]
+
+    def step(tokens, weights, is_text):
+        return [api.split_matmul(x, w, is_text) for x, w in zip(tokens, weights, strict=True)]
+
+    compiled, program = compile_for(chip, step, tokens, weights, array((16,), "bool"))
+    assert products(program) == {operand_of(chip, bits[1]), "bf16"}  # the narrow product is bfloat16
+    no_weight_sized_temporary(compiled, *weights)
+
+
+PREFILL = [
+    ("v6e", "Qwen2.5-VL-7B", "qkv", (4, 4)),
+    ("v6e", "Qwen2.5-VL-7B", "down", (3, 3)),
+    ("v6e", "Qwen2.5-VL-72B", "gate_up", (4, 8)),
+    ("v5e", "Qwen2.5-VL-3B", "qkv", (4, 4)),
+    ("v5e", "LLaVA-7B", "down", (4, 8)),
+    ("tpu7x", "Qwen2.5-VL-3B", "o", (4, 8)),
+    ("tpu7x", "Qwen2.5-VL-72B", "down", (4, 4)),
+]
+
+
+@pytest.mark.parametrize(("chip", "model", "name", "bits"), PREFILL, ids=str)
+def test_prefill(chip, model, name, bits):
+    w = site(*sites_of(model)[name], bits)
+
+    def product(a, w):
+        return tpu.quantized_matmul(a, w, None, dtype=jnp.bfloat16, interpret=False)
+
+    compiled, program = compile_for(chip, product, activations(2048, w), w)
+    assert products(program) == {operand_of(chip, bits[1]), "bf16"}
+    # the tokens' steps and the narrow operand may be laid out anew, the weight may not
+    no_weight_sized_temporary(compiled, w)
+
+
+@pytest.mark.parametrize(("chip", "bits"), [("v6e", (4, 4)), ("v5e", (4, 8)), ("tpu7x", (3, 3))], ids=str)
+def test_quantizing_tokens(chip, bits):
+    w = site(*sites_of("Qwen2.5-VL-7B")["o"], bits)
+
+    def quantize(x, w, is_text):
+        return tpu.quantize_activations(x, w, is_text, interpret=False)
+
+    _, program = compile_for(chip, quantize, array((512, w.shape[0]), "bfloat16"), w, array((512,), "bool"))
+    assert products(program) == {operand_of(chip, bits[1])}
+
+
+@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize(("chip", "group"), [("v6e", 128), ("v5e", 0), ("tpu7x", 64), ("v6e", 32)], ids=str)
+def test_weight_only(chip, bits, group):
+    w = matrix(3584, 4608, bits, group)
+    compiled, program = compile_for(chip, api.weight_only_matmul, array((16, 3584), "bfloat16"), w)
+    assert products(program) == {"bf16"}
+    assert compiled.memory_analysis().temp_size_in_bytes < w.words[0].size
+
+
+@pytest.mark.parametrize("chip", VMEM)
+def test_tiles_fit(chip):
+    """The rule stays inside VMEM and divides the shape, for every site, phase and type of operand."""
+    on = tiles.Chip({"v5e": 5, "v6e": 6, "tpu7x": 7}[chip], VMEM[chip] * 25 // 32)
+    for model in SIZES:
+        for width, columns in sites_of(model).values():
+            for tokens in (1, 16, 64, 100, 256, 2048, 8192):
+                for x, w, decoded in ((0.5, 0.5, 0.5), (1, 0.5, 1), (1, 0.375, 1), (2, 0.5, 2)):
+                    t = tiles.tiles(on, tokens, width, columns, x, w, decoded)
+                    assert columns % t.columns == 0 and t.columns % tiles.LANES == 0
+                    assert t.tokens % t.block == 0 and t.block % t.rows == 0 and tokens <= t.tokens < tokens + 1024
+                    assert t.columns % (t.pieces * tiles.LANES) == 0
+                    buffers = width * t.columns * (t.depth * w + decoded) + t.block * width * x + t.rows * t.columns * 12
+                    assert buffers < on.vmem
+
+
+# --- a decoder step
+
+
+@pytest.mark.parametrize("over", [1, 4])
+def test_decoder_step(over):
+    """One token a row through quantized blocks of a 7B model, on one device and cut over four: the kernels are inside."""
+    layers, rows, room = 2, 16, 1024
+    config = LlavaConfig.from_hf({"model_type": "llava", "text_config": {"num_hidden_layers": layers}})
+    model = Llava(config)
+    ids, pixels = array((1, 600), "int32"), array((1, 3, 336, 336), "float32")
+    params = jax.eval_shape(lambda i, p: model.init(jax.random.key(0), i, pixel_values=p), ids, pixels)["params"]
+    params = jax.tree.map(lambda a: array(a.shape, "bfloat16"), params)
+    shapes = {path: leaf.shape for path, leaf in kernels(params).items() if path.startswith("decoder/blocks_")}
+    assert sorted(set(shapes.values())) == sorted(sites_of("LLaVA-7B").values())
+    sites = {path: site(*shape, (4, 4)) for path, shape in shapes.items()}
+    if over > 1:
+        sites = {path: sharding.by_columns(w, "x", over) for path, w in sites.items()}
+    params = replace_kernels(params, sites)
+    text = config.text
+    cache = array((rows, room, text.num_kv_heads, text.head_dim), "bfloat16")
+    state = ([KVCache(cache, cache)] * layers, array((rows, room), "bool"), array((), "int32"), array((rows,), "int32"))
+
+    def cut(leaf):
+        return (
+            sharding.specs(leaf) if isinstance(leaf, SplitWeight) and leaf.axis else jax.tree.map(lambda _: PartitionSpec(), leaf)
+        )
+
+    args = (params, array((rows,), "int32"), state)
+    specs = jax.tree.map(cut, args, is_leaf=lambda leaf: isinstance(leaf, SplitWeight))
+    compiled, program = compile_for("v6e", lambda p, t, s: step(model, p, t, s), *args, specs=specs, over=over)
+    assert "s4" in products(program)
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    quantized = size(list(sites.values()))
+    # each device holds its share of the quantized weights and all of the rest; tiles of narrow arrays are padded
+    assert compiled.memory_analysis().argument_size_in_bytes < 1.3 * quantized / over + 1.05 * (size(args) - quantized)
+    assert compiled.memory_analysis().temp_size_in_bytes < max(w.groups[0].w.words[0].size * 4 for w in sites.values())
