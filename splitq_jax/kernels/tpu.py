@@ -140,10 +140,8 @@ def _matmul(
     rows = w.padded_rows
     stored, operand = _stored_type(a_bits), _operand_type(on, a_bits)
     t = tiles.tiles(on, tokens, rows, columns, _bytes(stored), w.bits / 8, _bytes(operand))
-    halves = 0.5 if w.bits == 3 else 1.0
     if w.scale is None:
         raise TypeError("a weight without scales")
-    scale = widen(w.scale * halves, columns)
     r = sum(s.words.shape[0] * (32 // s.bits if s.bits < 8 else 1) for s in side)
 
     def by_columns(array: Array) -> tuple[Array, pl.BlockSpec]:
@@ -153,7 +151,7 @@ def _matmul(
         chunks = t.block // t.rows
         return _pad_rows(array, t.tokens), pl.BlockSpec((t.rows, array.shape[1]), lambda g, n, m: (g * chunks + m, 0))
 
-    inputs = [(words, pl.BlockSpec(memory_space=pl.ANY)), by_columns(scale)]
+    inputs = [(words, pl.BlockSpec(memory_space=pl.ANY)), by_columns(w.scale)]
     for s in side:
         inputs += [by_columns(a) for a in (s.words, s.columns) if a is not None]
     if bias is not None:
@@ -195,6 +193,7 @@ def _matmul(
     )
     y = pl.pallas_call(
         body.run,
+        name="splitq_matmul",
         out_shape=jax.ShapeDtypeStruct((t.tokens, columns), dtype),
         grid=steps,
         in_specs=[spec for _, spec in inputs],
@@ -251,27 +250,30 @@ class _Product:
         keep = row_steps > 1 and w_ready.dtype == jnp.bfloat16
         keep_side = row_steps > 2
 
-        def fetch_w(index: Any, p: int) -> Any:
+        def part(p: Any) -> Any:
+            return pl.ds(pl.multiple_of(p * piece, tiles.LANES), piece)
+
+        def fetch_w(index: Any, p: Any) -> Any:
             at = pl.multiple_of(jax.lax.rem(index, column_steps) * t.columns + p * piece, tiles.LANES)
             buffer = jax.lax.rem(index, t.depth)
-            target = w_buffer.at[buffer, :, pl.ds(p * piece, piece)]
+            target = w_buffer.at[buffer, :, part(p)]
             return pltpu.make_async_copy(words.at[:, pl.ds(at, piece)], target, w_sems.at[buffer, p])
 
         def fetch_x(chunk: Any) -> Any:
             source = rest[0].at[pl.ds(g * t.block + chunk * t.rows, t.rows)]
             return pltpu.make_async_copy(source, x_buffer.at[pl.ds(chunk * t.rows, t.rows)], x_sems.at[chunk])
 
-        def store(at_step: Any, first: int = 0, width: int = t.columns) -> Any:
-            """Write columns of a step's result."""
-            at_block = at_step // row_steps
-            row = (at_block // column_steps) * t.block + jax.lax.rem(at_step, row_steps) * t.rows
-            column = pl.multiple_of(jax.lax.rem(at_block, column_steps) * t.columns + first, tiles.LANES)
-            source = y_buffer.at[jax.lax.rem(at_step, 2), :, pl.ds(first, width)]
-            return pltpu.make_async_copy(
-                source, out.at[pl.ds(row, t.rows), pl.ds(column, width)], y_sems.at[jax.lax.rem(at_step, 2)]
-            )
+        every = pl.ds(0, t.columns)
 
-        def narrow(at: slice) -> Array:
+        def store(at_step: Any, at: Any) -> Any:
+            """Write columns of a step's result."""
+            at_block, buffer = at_step // row_steps, jax.lax.rem(at_step, 2)
+            row = (at_block // column_steps) * t.block + jax.lax.rem(at_step, row_steps) * t.rows
+            column = pl.multiple_of(jax.lax.rem(at_block, column_steps) * t.columns + at.start, tiles.LANES)
+            target = out.at[pl.ds(row, t.rows), pl.ds(column, at.size)]
+            return pltpu.make_async_copy(y_buffer.at[buffer, :, at], target, y_sems.at[buffer])
+
+        def narrow(at: Any) -> Array:
             """Return some columns of ``B``."""
             parts = []
             for bits, ref, column_scale in sides:
@@ -284,19 +286,19 @@ class _Product:
                 parts.append(rows.astype(jnp.bfloat16))
             return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
 
-        def columns(first: int, width: int) -> None:
+        def compute(at: Any) -> None:
             """Compute some columns of this step's result."""
-            at = slice(first, first + width)
             x = x_buffer[pl.ds(m * t.rows, t.rows)]
             w = w_ready[:, at] if keep else _decode(w_buffer[jax.lax.rem(block, t.depth), :, at], self.bits, w_ready.dtype)
             x = x if x.dtype == w.dtype else x.astype(w.dtype)
+            step_size = 0.5 if self.bits == 3 else 1.0  # 3-bit codes come doubled
             if self.group:
-                y = jnp.zeros((t.rows, width), jnp.float32)
+                y = jnp.zeros((t.rows, at.size), jnp.float32)
                 for i in range(scale.shape[0]):
                     rows = slice(i * self.group, (i + 1) * self.group)
-                    y += _dot(x[:, rows], w[rows], self.interpret) * scale[i : i + 1, at]
+                    y += _dot(x[:, rows], w[rows], self.interpret) * (scale[i : i + 1, at] * step_size)
             else:
-                y = _dot(x, w, self.interpret).astype(jnp.float32) * scale[:, at]
+                y = _dot(x, w, self.interpret).astype(jnp.float32) * (scale[:, at] * step_size)
             if self.integers:
                 y *= s_own[...] if self.fill else rest[1][...]
             if sides:
@@ -328,26 +330,27 @@ class _Product:
             for p in range(t.pieces):
                 fetch_w(index, p).start()
 
-        def arrive(p: int) -> None:
+        def arrive(p: Any) -> None:
             fetch_w(block, p).wait()
             if keep:
-                at = slice(p * piece, (p + 1) * piece)
-                w_ready[:, at] = _decode(w_buffer[jax.lax.rem(block, t.depth), :, at], self.bits, w_ready.dtype)
+                w_ready[:, part(p)] = _decode(w_buffer[jax.lax.rem(block, t.depth), :, part(p)], self.bits, w_ready.dtype)
 
         def in_one() -> None:
             for p in range(t.pieces):
                 pl.when(m == 0)(partial(arrive, p))
-            columns(0, t.columns)
-            store(step).start()
+            compute(every)
+            store(step, every).start()
 
         def in_pieces() -> None:
-            for p in range(t.pieces):
+            def one(p: Any, _: None) -> None:
                 pl.when(m == 0)(partial(arrive, p))
-                columns(p * piece, piece)
-                store(step, p * piece, piece).start()
+                compute(part(p))
+                store(step, part(p)).start()
+
+            jax.lax.fori_loop(0, t.pieces, one, None)
 
         def keep_narrow() -> None:
-            b_ready[...] = narrow(slice(None))
+            b_ready[...] = narrow(every)
 
         pl.when((n == 0) & (m == 0))(begin)
         pl.when((m == 0) & (block + t.depth - 1 < blocks))(lambda: fetch_block(block + t.depth - 1))
@@ -355,7 +358,7 @@ class _Product:
             pl.when(m == 0)(keep_narrow)
         if self.fill is None:
             pl.when(n == 0)(lambda: fetch_x(m).wait())
-        pl.when(step >= 2)(lambda: store(step - 2).wait())
+        pl.when(step >= 2)(lambda: store(step - 2, every).wait())
         # the first step computes what has arrived, the last one writes what is ready
         edge = (step == 0) | (step == last)
         if t.pieces == 1:
@@ -363,8 +366,8 @@ class _Product:
         else:
             pl.when(~edge)(in_one)
             pl.when(edge)(in_pieces)
-        pl.when((step == last) & (step > 0))(lambda: store(step - 1).wait())
-        pl.when(step == last)(lambda: store(step).wait())
+        pl.when((step == last) & (step > 0))(lambda: store(step - 1, every).wait())
+        pl.when(step == last)(lambda: store(step, every).wait())
 
 
 # --- the quantizer
@@ -503,6 +506,7 @@ def quantize_activations(
     ]
     values, scale, *side = pl.pallas_call(
         partial(_quantizer_body, plan, interpret, len(by_token) + len(others)),
+        name="splitq_quantize",
         out_shape=outs,
         grid=(padded // rows,),
         in_specs=[
