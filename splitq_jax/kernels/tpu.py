@@ -395,7 +395,7 @@ def _quantizer(
     x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None
 ) -> tuple[_Quantizer, list[Array], list[Array]]:
     """Return the plan, the arrays with a row per token, and the others."""
-    by_token = list(transformed(x.astype(jnp.float32), w))
+    by_token = list(transformed(x, w))
     main = w.groups[0]
     by_token[0] = widen(by_token[0], main.w.padded_rows)
     others = [g.a_clip[None, :] for g in w.groups if g.a_clip is not None]
@@ -522,7 +522,7 @@ def quantize_activations(
 
 
 def _float_activations(x: Float[Array, "M D"], w: SplitWeight) -> Activations:
-    main, *others = transformed(x.astype(jnp.float32), w)
+    main, *others = transformed(x, w)
     parts = [widen(x_j, g.w.padded_rows) for x_j, g in zip(others, w.groups[1:], strict=True)]
     if w.cws is not None:
         rows = row_scale(w.cws.v)
