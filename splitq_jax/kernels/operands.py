@@ -56,9 +56,10 @@ def side_width(w: SplitWeight) -> int:
 
 
 def transformed(x: Float[Array, "M D"], w: SplitWeight) -> list[Float[Array, "M K"]]:
-    """Return every group's channels after its transform."""
+    """Return every group's channels after its transform, float32."""
+    # channels are picked before they are widened: half the bytes
     tokens = [x] if w.perm is None else split(x[:, w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
-    return [apply(g.transform, x_j) for g, x_j in zip(w.groups, tokens, strict=True)]
+    return [apply(g.transform, x_j.astype(jnp.float32)) for g, x_j in zip(w.groups, tokens, strict=True)]
 
 
 def mac_mask(w: SplitWeight, is_text: Bool[Array, " M"] | None, tokens: int) -> Float[Array, "M 1"]:

@@ -25,7 +25,7 @@ else:
 
 def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None) -> Activations:
     """Transform, split and quantize tokens, and compute the narrow operand (see `api.quantize_activations`)."""
-    main, *others = transformed(x.astype(jnp.float32), w)
+    main, *others = transformed(x, w)
     values, scale = quantize(main, w.groups[0].a_bits, w.groups[0].a_clip)
     parts = []
     for group, x_j in zip(w.groups[1:], others, strict=True):

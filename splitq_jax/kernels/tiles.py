@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
       rows: tokens of one product in the kernel; divides ``block``.
       columns: output channels of a step; divides N.
       depth: weight blocks in VMEM: one in use, the others on their way.
+      pieces: parts in which the first step takes its weight block and the last one gives its result.
     """
 
     tokens: int
@@ -36,6 +37,7 @@ class Tiles(NamedTuple):
     rows: int
     columns: int
     depth: int
+    pieces: int
 
 
 def chip() -> Chip:
@@ -61,7 +63,7 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_byte
     """Choose the tiles of a product.
 
     The whole of K stays in one step, so nothing is accumulated over the grid. All tokens that fit stay in VMEM while the weight passes
-    once. A step has at most 512 tokens: the first step waits for them, and the last step's output is written while nothing else runs.
+    once.
 
     Args:
       on: the chip.
@@ -73,9 +75,10 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_byte
       decoded_bytes: bytes of a weight as the product takes it.
     """
     few = tokens <= 256
-    chunks = -(-tokens // 512)
+    chunks = -(-tokens // 1024)
     step = up(-(-tokens // chunks), 64 if tokens > 64 else 16 if tokens > 8 else 8)
-    wanted, depth = (512, 3) if few else (1024, 2)
+    # a grid step costs some 450 cycles beside its products
+    wanted, depth = (1024 if decoded_bytes > 1 else 512, 3) if few else (2048, 2)
 
     def taken(block: int, n: int) -> float:
         weights = rows * n * (depth * w_bytes + decoded_bytes)
@@ -88,4 +91,5 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_byte
     while chunk > 1 and taken(chunk * step, n) > on.vmem:
         chunk -= 1
     blocks = -(-chunks // chunk)
-    return Tiles(blocks * chunk * step, chunk * step, step, n, depth)
+    pieces = 1 if few else max(p for p in (1, 2, 4) if n % (p * 2 * LANES) == 0 or p == 1)
+    return Tiles(blocks * chunk * step, chunk * step, step, n, depth, pieces)

@@ -8,7 +8,7 @@ as s8, floats as bfloat16. The narrow operand is one more product, in bfloat16, 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +55,7 @@ def _refuses_matrix(w: QTensor) -> str | None:
         return f"weights of {w.bits} bits"
     if w.elements:
         return "words laid out for another platform"
-    if w.group % 32:
+    if w.scale is not None and w.scale.shape[0] > 1 and w.group % 32:
         return f"groups of {w.group} rows"
     return None
 
@@ -140,72 +140,64 @@ def _matmul(
     rows = w.padded_rows
     stored, operand = _stored_type(a_bits), _operand_type(on, a_bits)
     t = tiles.tiles(on, tokens, rows, columns, _bytes(stored), w.bits / 8, _bytes(operand))
-    halves = 0.5 if w.bits == 3 else 1.0
-    scale = widen(w.scale * halves, columns)
+    if w.scale is None:
+        raise TypeError("a weight without scales")
     r = sum(s.words.shape[0] * (32 // s.bits if s.bits < 8 else 1) for s in side)
 
-    inputs: list[tuple[Array, pl.BlockSpec]] = []
+    def by_columns(array: Array) -> tuple[Array, pl.BlockSpec]:
+        return widen(array, columns), pl.BlockSpec((array.shape[0], t.columns), lambda g, n, m: (0, n))
 
-    def add(array: Array, spec: pl.BlockSpec) -> None:
-        inputs.append((array, spec))
+    def by_rows(array: Array) -> tuple[Array, pl.BlockSpec]:
+        chunks = t.block // t.rows
+        return _pad_rows(array, t.tokens), pl.BlockSpec((t.rows, array.shape[1]), lambda g, n, m: (g * chunks + m, 0))
 
-    by_columns = lambda array: add(  # noqa: E731
-        widen(array, columns), pl.BlockSpec((array.shape[0], t.columns), lambda g, n, m: (0, n))
-    )
-    add(words, pl.BlockSpec(memory_space=pl.ANY))
-    by_columns(scale)
+    inputs = [(words, pl.BlockSpec(memory_space=pl.ANY)), by_columns(w.scale)]
     for s in side:
-        by_columns(s.words)
-        if s.columns is not None:
-            by_columns(s.columns)
+        inputs += [by_columns(a) for a in (s.words, s.columns) if a is not None]
     if bias is not None:
-        by_columns(bias.astype(jnp.float32)[None, :])
-    if ready is not None:
-        add(_pad_rows(ready.values.astype(stored), t.tokens), pl.BlockSpec(memory_space=pl.ANY))
-        by_rows = lambda array: add(  # noqa: E731
-            _pad_rows(array, t.tokens),
-            pl.BlockSpec((t.rows, array.shape[1]), lambda g, n, m: (g * (t.block // t.rows) + m, 0)),
-        )
+        inputs.append(by_columns(bias.astype(jnp.float32)[None, :]))
+    if filler is not None:
+        inputs += [(a, pl.BlockSpec(a.shape, lambda g, n, m: (0, 0))) for a in filler.args]
+    elif ready is not None:
+        inputs.append((_pad_rows(ready.values.astype(stored), t.tokens), pl.BlockSpec(memory_space=pl.ANY)))
         if ready.scale is not None:
-            by_rows(ready.scale)
-        if r:
-            by_rows(ready.side.astype(jnp.bfloat16))
-    else:
-        assert filler is not None
-        for array in filler.args:
-            add(array, pl.BlockSpec(array.shape, lambda g, n, m: (0, 0)))
+            inputs.append(by_rows(ready.scale))
+        if ready.side is not None:
+            inputs.append(by_rows(ready.side.astype(jnp.bfloat16)))
 
     steps = (t.tokens // t.block, columns // t.columns, t.block // t.rows)
     scratch = [
         pltpu.VMEM((t.depth, words.shape[0], t.columns), words.dtype),
-        pltpu.SemaphoreType.DMA((t.depth,)),
+        pltpu.SemaphoreType.DMA((t.depth, t.pieces)),
         pltpu.VMEM((t.block, rows), stored),
         pltpu.SemaphoreType.DMA((steps[2],)),
+        pltpu.VMEM((2, t.rows, t.columns), dtype),
+        pltpu.SemaphoreType.DMA((2,)),
         pltpu.VMEM((rows, t.columns), operand),
         pltpu.VMEM((max(r, 16), t.columns), jnp.bfloat16),
         pltpu.VMEM((t.rows, 1), jnp.float32),
         pltpu.VMEM((t.rows, max(r, 16)), jnp.bfloat16),
     ]
-    group = w.group if w.scale.shape[0] > 1 else 0
     flops = 2 * t.tokens * columns * (rows + r)
     moved = words.nbytes + t.tokens * (rows + columns * jnp.dtype(dtype).itemsize)
+    body = _Product(
+        bits=w.bits,
+        group=w.group if w.scale.shape[0] > 1 else 0,
+        side=tuple((s.bits, s.columns is not None) for s in side),
+        has_bias=bias is not None,
+        integers=a_bits < FLOAT_BITS,
+        fill=filler.body if filler else None,
+        tiles=t,
+        steps=steps,
+        interpret=interpret,
+    )
     y = pl.pallas_call(
-        partial(
-            _body,
-            w.bits,
-            [s._replace(words=None, columns=s.columns is not None) for s in side],
-            bias is not None,
-            group,
-            t,
-            steps,
-            filler.body if filler else None,
-            a_bits < FLOAT_BITS,
-            interpret,
-        ),
+        body.run,
+        name="splitq_matmul",
         out_shape=jax.ShapeDtypeStruct((t.tokens, columns), dtype),
         grid=steps,
         in_specs=[spec for _, spec in inputs],
-        out_specs=pl.BlockSpec((t.rows, t.columns), lambda g, n, m: (g * (t.block // t.rows) + m, n)),
+        out_specs=pl.BlockSpec(memory_space=pl.ANY),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=on.vmem),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=int(moved), transcendentals=0),
@@ -214,83 +206,168 @@ def _matmul(
     return y if y.shape == (tokens, n) else y[:tokens, :n]
 
 
-def _body(
-    bits: int, side: list[_Side], has_bias: bool, group: int, t: tiles.Tiles, steps: tuple[int, int, int], fill: Any, integers: bool,
-    interpret: bool, *refs: Any,
-) -> None:  # fmt: skip
-    *inputs, out, w_buffer, w_sems, x_buffer, x_sems, w_ready, b_ready, s_own, t_own = refs
-    ins = iter(inputs)
-    words, scale = next(ins), next(ins)
-    sides = [(s, next(ins), next(ins) if s.columns else None) for s in side]
-    bias = next(ins) if has_bias else None
-    g, n, m = (pl.program_id(i) for i in range(3))
-    block = g * steps[1] + n
-    blocks = steps[0] * steps[1]
-    rest = list(ins)
+@dataclass(frozen=True)
+class _Product:
+    """The body of all products.
 
-    def fetch_w(index: Any) -> Any:
-        at = jax.lax.rem(index, steps[1]) * t.columns
-        slot = jax.lax.rem(index, t.depth)
-        return pltpu.make_async_copy(
-            words.at[:, pl.ds(pl.multiple_of(at, tiles.LANES), t.columns)], w_buffer.at[slot], w_sems.at[slot]
-        )
+    Attributes:
+      bits: of the weight's codes.
+      group: rows that share a scale, 0 where all do.
+      side: (bits, has column scales) of each segment of ``B``.
+      has_bias: whether a bias is added.
+      integers: whether tokens have steps.
+      fill: makes the tokens' operands in VMEM; None where they come from HBM.
+      tiles: the tiles.
+      steps: of the grid: blocks of tokens, blocks of columns, rows of a block of tokens.
+      interpret: whether this is not a TPU.
+    """
 
-    def fetch_x(chunk: Any) -> Any:
-        source = rest[0].at[pl.ds(g * t.block + chunk * t.rows, t.rows)]
-        return pltpu.make_async_copy(source, x_buffer.at[pl.ds(chunk * t.rows, t.rows)], x_sems.at[chunk])
+    bits: int
+    group: int
+    side: tuple[tuple[int, bool], ...]
+    has_bias: bool
+    integers: bool
+    fill: Callable[..., None] | None
+    tiles: tiles.Tiles
+    steps: tuple[int, int, int]
+    interpret: bool
 
-    @pl.when((n == 0) & (m == 0))
-    def _() -> None:
-        if fill is None:
-            fetch_x(0).start()
+    def run(self, *refs: Any) -> None:
+        """Do one step of the grid."""
+        t, (_, column_steps, row_steps) = self.tiles, self.steps
+        *inputs, out, w_buffer, w_sems, x_buffer, x_sems, y_buffer, y_sems, w_ready, b_ready, s_own, t_own = refs
+        ins = iter(inputs)
+        words, scale = next(ins), next(ins)
+        sides = [(bits, next(ins), next(ins) if has_columns else None) for bits, has_columns in self.side]
+        bias = next(ins) if self.has_bias else None
+        rest = list(ins)
+        g, n, m = (pl.program_id(i) for i in range(3))
+        block, blocks = g * column_steps + n, self.steps[0] * column_steps
+        step, last = block * row_steps + m, blocks * row_steps - 1
+        piece = t.columns // t.pieces
+        slot = jax.lax.rem(step, 2)
+        # decoded once for all rows, unless that is done beside the MXU for nothing, or happens once anyway
+        keep = row_steps > 1 and w_ready.dtype == jnp.bfloat16
+        keep_side = row_steps > 2
 
-        @pl.when(g == 0)
-        def _() -> None:
+        def part(p: Any) -> Any:
+            return pl.ds(pl.multiple_of(p * piece, tiles.LANES), piece)
+
+        def fetch_w(index: Any, p: Any) -> Any:
+            at = pl.multiple_of(jax.lax.rem(index, column_steps) * t.columns + p * piece, tiles.LANES)
+            buffer = jax.lax.rem(index, t.depth)
+            target = w_buffer.at[buffer, :, part(p)]
+            return pltpu.make_async_copy(words.at[:, pl.ds(at, piece)], target, w_sems.at[buffer, p])
+
+        def fetch_x(chunk: Any) -> Any:
+            source = rest[0].at[pl.ds(g * t.block + chunk * t.rows, t.rows)]
+            return pltpu.make_async_copy(source, x_buffer.at[pl.ds(chunk * t.rows, t.rows)], x_sems.at[chunk])
+
+        every = pl.ds(0, t.columns)
+
+        def store(at_step: Any, at: Any) -> Any:
+            """Write columns of a step's result."""
+            at_block, buffer = at_step // row_steps, jax.lax.rem(at_step, 2)
+            row = (at_block // column_steps) * t.block + jax.lax.rem(at_step, row_steps) * t.rows
+            column = pl.multiple_of(jax.lax.rem(at_block, column_steps) * t.columns + at.start, tiles.LANES)
+            target = out.at[pl.ds(row, t.rows), pl.ds(column, at.size)]
+            return pltpu.make_async_copy(y_buffer.at[buffer, :, at], target, y_sems.at[buffer])
+
+        def narrow(at: Any) -> Array:
+            """Return some columns of ``B``."""
+            parts = []
+            for bits, ref, column_scale in sides:
+                if column_scale is None:
+                    parts.append(_decode(ref[:, at], bits, jnp.bfloat16))
+                    continue
+                rows = _decode(ref[:, at], bits, jnp.float32) * column_scale[:, at]
+                if self.interpret:  # XLA on CPU would leave a rounding to bfloat16 and back out
+                    rows = jax.lax.reduce_precision(rows, 8, 7)
+                parts.append(rows.astype(jnp.bfloat16))
+            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+        def compute(at: Any) -> None:
+            """Compute some columns of this step's result."""
+            x = x_buffer[pl.ds(m * t.rows, t.rows)]
+            w = w_ready[:, at] if keep else _decode(w_buffer[jax.lax.rem(block, t.depth), :, at], self.bits, w_ready.dtype)
+            x = x if x.dtype == w.dtype else x.astype(w.dtype)
+            step_size = 0.5 if self.bits == 3 else 1.0  # 3-bit codes come doubled
+            if self.group:
+                y = jnp.zeros((t.rows, at.size), jnp.float32)
+                for i in range(scale.shape[0]):
+                    rows = slice(i * self.group, (i + 1) * self.group)
+                    y += _dot(x[:, rows], w[rows], self.interpret) * (scale[i : i + 1, at] * step_size)
+            else:
+                y = _dot(x, w, self.interpret).astype(jnp.float32) * (scale[:, at] * step_size)
+            if self.integers:
+                y *= s_own[...] if self.fill else rest[1][...]
+            if sides:
+                b = b_ready[:, at] if keep_side else narrow(at)
+                y += _dot(t_own[...] if self.fill else rest[-1][...], b, self.interpret)
+            if bias is not None:
+                y += bias[:, at]
+            y_buffer[slot, :, at] = y.astype(y_buffer.dtype)
+
+        def decode(at: slice) -> None:
+            if keep:
+                w_ready[:, at] = _decode(w_buffer[jax.lax.rem(block, t.depth), :, at], self.bits, w_ready.dtype)
+
+        def begin() -> None:
+            if self.fill is None:
+                fetch_x(0).start()
+            pl.when(g == 0)(fetch_first)
+            if self.fill is None:
+                for chunk in range(1, row_steps):
+                    fetch_x(chunk).start()
+            else:
+                self.fill(rest, x_buffer, s_own, t_own, self.interpret)
+
+        def fetch_first() -> None:
             for i in range(min(t.depth - 1, blocks)):
-                fetch_w(i).start()
+                fetch_block(i)
 
-        if fill is None:
-            for chunk in range(1, steps[2]):
-                fetch_x(chunk).start()
+        def fetch_block(index: Any) -> None:
+            for p in range(t.pieces):
+                fetch_w(index, p).start()
+
+        def arrive(p: Any) -> None:
+            fetch_w(block, p).wait()
+            if keep:
+                w_ready[:, part(p)] = _decode(w_buffer[jax.lax.rem(block, t.depth), :, part(p)], self.bits, w_ready.dtype)
+
+        def in_one() -> None:
+            for p in range(t.pieces):
+                pl.when(m == 0)(partial(arrive, p))
+            compute(every)
+            store(step, every).start()
+
+        def in_pieces() -> None:
+            def one(p: Any, _: None) -> None:
+                pl.when(m == 0)(partial(arrive, p))
+                compute(part(p))
+                store(step, part(p)).start()
+
+            jax.lax.fori_loop(0, t.pieces, one, None)
+
+        def keep_narrow() -> None:
+            b_ready[...] = narrow(every)
+
+        pl.when((n == 0) & (m == 0))(begin)
+        pl.when((m == 0) & (block + t.depth - 1 < blocks))(lambda: fetch_block(block + t.depth - 1))
+        if keep_side and sides:
+            pl.when(m == 0)(keep_narrow)
+        if self.fill is None:
+            pl.when(n == 0)(lambda: fetch_x(m).wait())
+        pl.when(step >= 2)(lambda: store(step - 2, every).wait())
+        # the first step computes what has arrived, the last one writes what is ready
+        edge = (step == 0) | (step == last)
+        if t.pieces == 1:
+            in_one()
         else:
-            fill(rest, x_buffer, s_own, t_own, interpret)
-
-    @pl.when(m == 0)
-    def _() -> None:
-        @pl.when(block + t.depth - 1 < blocks)
-        def _() -> None:
-            fetch_w(block + t.depth - 1).start()
-
-        fetch_w(block).wait()
-        w_ready[...] = _decode(w_buffer[jax.lax.rem(block, t.depth)], bits, w_ready.dtype)
-        at = 0
-        for s, ref, columns in sides:
-            codes = _decode(ref[...], s.bits, jnp.float32 if columns is not None else jnp.bfloat16)
-            b_ready[at : at + codes.shape[0]] = (codes if columns is None else codes * columns[...]).astype(jnp.bfloat16)
-            at += codes.shape[0]
-
-    if fill is None:
-
-        @pl.when(n == 0)
-        def _() -> None:
-            fetch_x(m).wait()
-
-    x = x_buffer[pl.ds(m * t.rows, t.rows)]
-    x = x.astype(w_ready.dtype) if x.dtype != w_ready.dtype else x
-    if group:
-        y = jnp.zeros(out.shape, jnp.float32)
-        for i in range(scale.shape[0]):
-            part = _dot(x[:, i * group : (i + 1) * group], w_ready[i * group : (i + 1) * group], interpret)
-            y += part * scale[i : i + 1]
-    else:
-        y = _dot(x, w_ready[...], interpret).astype(jnp.float32) * scale[...]
-    if integers:
-        y *= s_own[...] if fill else rest[1][...]
-    if sides:
-        y += _dot(t_own[...] if fill else rest[-1][...], b_ready[...], interpret)
-    if bias is not None:
-        y += bias[...]
-    out[...] = y.astype(out.dtype)
+            pl.when(~edge)(in_one)
+            pl.when(edge)(in_pieces)
+        pl.when((step == last) & (step > 0))(lambda: store(step - 1, every).wait())
+        pl.when(step == last)(lambda: store(step, every).wait())
 
 
 # --- the quantizer
@@ -318,7 +395,7 @@ def _quantizer(
     x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None
 ) -> tuple[_Quantizer, list[Array], list[Array]]:
     """Return the plan, the arrays with a row per token, and the others."""
-    by_token = list(transformed(x.astype(jnp.float32), w))
+    by_token = list(transformed(x, w))
     main = w.groups[0]
     by_token[0] = widen(by_token[0], main.w.padded_rows)
     others = [g.a_clip[None, :] for g in w.groups if g.a_clip is not None]
@@ -344,7 +421,9 @@ def _quantize(plan: _Quantizer, refs: list[Any], tokens: int, interpret: bool) -
     quantized = []
     for x, (bits, has_clip) in zip(xs, plan.groups, strict=True):
         quantized.append(_encode(x, bits, next(rest)[...] if has_clip else None))
-    (codes, step), parts, at = quantized[0], [], 0
+    codes, step = quantized[0]
+    parts: list[tuple[int, Array]] = []
+    at = 0
     for (side_codes, side_step), width in zip(quantized[1:], plan.widths, strict=True):
         parts.append((at, side_codes * side_step))
         at += width
@@ -427,6 +506,7 @@ def quantize_activations(
     ]
     values, scale, *side = pl.pallas_call(
         partial(_quantizer_body, plan, interpret, len(by_token) + len(others)),
+        name="splitq_quantize",
         out_shape=outs,
         grid=(padded // rows,),
         in_specs=[
@@ -442,7 +522,7 @@ def quantize_activations(
 
 
 def _float_activations(x: Float[Array, "M D"], w: SplitWeight) -> Activations:
-    main, *others = transformed(x.astype(jnp.float32), w)
+    main, *others = transformed(x, w)
     parts = [widen(x_j, g.w.padded_rows) for x_j, g in zip(others, w.groups[1:], strict=True)]
     if w.cws is not None:
         rows = row_scale(w.cws.v)
