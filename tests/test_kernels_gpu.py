@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from test_kernels import assert_close, site_of
 
-from splitq_jax.kernels import gpu, hopper
+from splitq_jax.kernels import gpu, gpu_kernel, hopper
 from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, fragment_rows, pack_fragments, unpack_fragments
 from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
-from splitq_jax.kernels.gpu_tile import Operands, Tile
+from splitq_jax.kernels.gpu_tile import Operands, Tile, Work
 from splitq_jax.qtensor import quantize_groups
 
 SCHEMES = [(bits, elements) for bits in PLANES for elements in (4, 2)]
@@ -129,6 +129,30 @@ def test_rule_of_tiles():
     assert choose_tile(1, 14336, 4096, False) == Tile(8, 64, 1, 4, 1)
     down = choose_tile(16, 3584, 18176, False)
     assert down.splits * 3584 // 64 >= 100 and down.tokens == 16
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 256, 2048])
+@pytest.mark.parametrize(("dtype", "group"), [("int8", None), ("bfloat16", None), ("bfloat16", 32), ("bfloat16", 128)], ids=str)
+def test_shared_memory_suffices(tokens, dtype, group):
+    """Every tile's rings, staged results and partial sums fit a processor, and a ring has a slot for every companion."""
+    for bits in PLANES:
+        for channels, width in ((37888, 3584), (4608, 3584), (3584, 18176), (2560, 2048), (200, 576)):
+            for out, narrow in (("bfloat16", 0), ("float32", 0), ("bfloat16", 384), ("float32", 1024)):
+                tile = choose_tile(tokens, channels, width, group is not None)
+                m, n, k = (-(-d // t) * t for d, t in ((tokens, tile.tokens), (channels, tile.channels), (width, 128)))
+                planes = tuple(np.empty((n, k * field // 32), np.int32) for field in PLANES[bits])
+                side = np.empty((m, narrow), ml_dtypes.bfloat16) if narrow and group is None else None
+                o = Operands(np.empty((m, k), dtype), planes, None, None, side, (), None, None)
+                result = np.empty((0,), out)
+                slots, side_slots = gpu_kernel._slots(o, result, bits, group, tile)
+                work = Work(bits, tile, group, slots, side_slots, 0, 0, 0, 0, 0, (), None)
+                memory = gpu_kernel._memory(o, result, work)
+                refs = [
+                    r for r in (*memory.planes, memory.x, memory.out, memory.scale, memory.side, memory.words, memory.sums) if r
+                ]
+                used = sum(int(np.prod(r.shape)) * jnp.dtype(r.dtype).itemsize for r in refs)
+                assert used + 3072 <= 227 * 1024, (tile, slots, used)
+                assert slots % tile.along == 0 and side_slots % tile.along == 0 and 2 <= slots <= 32
 
 
 def product(rng, m, k, n, bits, group=None, side=(), bias=False, integer=True):

@@ -52,7 +52,7 @@ def kernel(o: Any, out: Any, *, bits: int, group: int | None, tile: Tile, regist
 
 
 def _slots(o: Any, out: Any, bits: int, group: int | None, tile: Tile) -> tuple[int, int]:
-    """Return how many slots the rings have: as many as fit, where small tiles leave room for a second thread block."""
+    """Return how many slots the rings have: as many as fit, for small tiles beside a second thread block if two rounds fit so."""
     side_slots = 0 if o.side is None else max(2, tile.along)
     slot_bytes = STEP * (tile.tokens * o.x.dtype.itemsize + tile.channels * bits // 8)
     if group is not None:
@@ -60,9 +60,12 @@ def _slots(o: Any, out: Any, bits: int, group: int | None, tile: Tile) -> tuple[
     other_bytes = side_slots * SIDE_STEP * (2 * tile.tokens + tile.channels // 2)
     other_bytes += 2 * tile.across * tile.chunk * ROWS * out.dtype.itemsize
     other_bytes += 4 * (tile.along - 1) * tile.channels * tile.tokens + 4096
-    room = SHARED_BYTES // (1 if tile.along == 1 else 2) - other_bytes
-    slots = min(8 * tile.along, room // slot_bytes) // tile.along * tile.along
-    return max(slots, 2 * tile.along), side_slots
+    for blocks in (1,) if tile.along == 1 else (2, 1):
+        room = SHARED_BYTES // blocks - other_bytes
+        slots = min(8 * tile.along, room // slot_bytes) // tile.along * tile.along
+        if slots >= 2 * tile.along:
+            break
+    return max(slots, tile.along), side_slots
 
 
 def _share(o: Any, bits: int, group: int | None, tile: Tile, slots: int, side_slots: int, registers: Any) -> Work:
