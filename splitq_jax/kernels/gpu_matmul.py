@@ -50,6 +50,7 @@ def choose_tile(tokens: int, channels: int, width: int, groups: bool) -> Tile:
     return Tile(columns, 64, 1, 4, splits)
 
 
+@partial(jax.jit, static_argnames=("bits", "group", "dtype", "tile", "interpret"))  # sites of one shape share a trace
 def matmul(
     operands: Operands, bits: int, group: int | None, dtype: DTypeLike, tile: Tile | None = None, interpret: bool = False
 ) -> Float[Array, "M N"]:

@@ -7,6 +7,7 @@ with arrays for registers.
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import jax.experimental.pallas as pl
@@ -100,7 +101,7 @@ def _expand(planes: tuple[Int[Array, "R _"], ...], bits: int, dtype: Any) -> Sha
     def build(_: Any, *arrays: Any) -> Any:
         element = ir.IntegerType.get_signless(8) if elements == 4 else ir.BF16Type.get()
         vector = ir.VectorType.get((elements,), element)
-        words = [_map(lambda v, n=n: [_lane_word(v, i) for i in range(n)], a.registers) for a, n in zip(arrays, counts, strict=True)]
+        words = [_map(partial(_lane_words, n), a.registers) for a, n in zip(arrays, counts, strict=True)]
         registers = _map(lambda word: utils.bitcast(word.value, vector), operand_registers(words, bits, elements))
         return fragmented.FragmentedArray(
             _registers=registers, _layout=layout.to_mgpu(), _is_signed=True if elements == 4 else None
@@ -118,8 +119,9 @@ def _map(function: Callable[[Any], Any], registers: np.ndarray) -> np.ndarray:
     return out
 
 
-def _lane_word(vector: Any, i: int) -> _Register:
-    return _Register(utils.bitcast(utils.vector_slice(vector, slice(i, i + 1)), ir.IntegerType.get_signless(32)))
+def _lane_words(count: int, vector: Any) -> list[_Register]:
+    i32 = ir.IntegerType.get_signless(32)
+    return [_Register(utils.bitcast(utils.vector_slice(vector, slice(i, i + 1)), i32)) for i in range(count)]
 
 
 def int8_operand(planes: tuple[Int[Array, "R _"], ...], bits: int) -> Int[Array, "R K"]:
