@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from splitq_jax.errors import InputError
-from splitq_jax.kernels import api, operands
+from splitq_jax.kernels import api, operands, sharding
 from splitq_jax.linear import Branch, Group, SplitWeight, linear
 from splitq_jax.packing import TILE_ROWS, padded_rows, slab_rows
 from splitq_jax.qtensor import QTensor, quantize_groups, quantize_matrix
@@ -413,3 +413,19 @@ def test_what_does_not_fit_is_named(caplog):
             got = run(api.quantized_matmul, a, two_bits, backend=name)
         assert f"{name} leaves it to the reference" in caplog.text
         assert_close(got, *numpy_product("reference", a, two_bits, None), jnp.bfloat16)
+
+
+def test_output_channels_over_devices():
+    """Every device computes its own channels: the same to the last bit, and each holds a quarter of the weight."""
+    w = site_of(13, 576, 256, (4, 4), side=8, ranks=(11, 17))
+    x, text = tokens_of(13, 6, 576, jnp.float32), mask_of("mixed", 6)
+    whole = jax.jit(linear)(x, w, text)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    marked = sharding.by_columns(w, "model", 4)
+    placed = jax.tree.map(lambda a, s: jax.device_put(a, jax.sharding.NamedSharding(mesh, s)), marked, sharding.specs(marked))
+    assert placed.groups[0].w.words[0].sharding.shard_shape((70, 256)) == (70, 64)
+    with jax.set_mesh(mesh):
+        cut = jax.jit(linear)(x, placed, text)
+    assert (np.asarray(cut) == np.asarray(whole)).all() and cut.sharding.shard_shape(cut.shape) == (6, 64)
+    with pytest.raises(InputError, match="divisor"):
+        sharding.by_columns(w, "model", 7)
