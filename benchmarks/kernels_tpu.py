@@ -42,7 +42,6 @@ def load(path: Path) -> Any:
 
 def programs() -> dict[str, tuple[str, Callable[..., Any], list[Any]]]:
     """Return (chip, function, arguments) of every row."""
-    import jax
     import jax.numpy as jnp
 
     sys.path.insert(0, str(ROOT / "tests"))  # shapes of sites
@@ -102,7 +101,6 @@ def programs() -> dict[str, tuple[str, Callable[..., Any], list[Any]]]:
     rows["v6e 2048 quantizer W4A4"] = ("v6e", *quantizer(2048, (4, 4)))
     rows["v6e 16 fused W4A4"] = ("v6e", *fused(16, (4, 4), False))
     rows["v6e 16 fused W4A4 + side"] = ("v6e", *fused(16, (4, 4), True))
-    del jax
     return rows
 
 
@@ -117,11 +115,15 @@ def main() -> None:
     found = json.loads(options.out.read_text()) if options.out.is_file() else {"rows": {}}
     if options.estimator is not None:
         estimator = load(options.estimator)
+        import jax
+
         for name, (chip, function, args) in programs().items():
             if options.only not in name or (name in found["rows"] and not options.again):
                 continue
             cost = estimator.llo_cost(function, args, chip)
-            floor = cost["dma_bytes"] / estimator.CHIP[chip]["hbm"] * 1e6
+            # the replay does not see the copies that XLA's own products leave to the hardware: their arguments are read at least once
+            least = sum(a.size * (0.5 if a.dtype == "int4" else a.dtype.itemsize) for a in jax.tree.leaves(args))
+            floor = max(cost["dma_bytes"], least) / estimator.CHIP[chip]["hbm"] * 1e6
             found["rows"][name] = {
                 "us": round(max(cost["est_us"], floor), 1),
                 "issue_us": round(cost["issue_us"], 1),

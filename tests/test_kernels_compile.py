@@ -1,10 +1,17 @@
 """The kernels in the hands of the real TPU compiler: they compile at the shapes of real models, in the mode that is stated."""
 
+import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 from tpu_targets import HAS_LIBTPU, SIZES, VMEM, activations, array, compile_for, matrix, products, site, sites_of
 
-from splitq_jax.kernels import api, tiles, tpu
+from splitq_jax.kernels import api, sharding, tiles, tpu
+from splitq_jax.linear import SplitWeight
+from splitq_jax.models.decoder import KVCache
+from splitq_jax.models.generate import step
+from splitq_jax.models.llava import Llava, LlavaConfig
+from splitq_jax.quantization import kernels, replace_kernels
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")]
 
@@ -92,3 +99,41 @@ def test_tiles_fit(chip):
                     assert t.columns % (t.pieces * tiles.LANES) == 0
                     buffers = width * t.columns * (t.depth * w + decoded) + t.block * width * x + t.rows * t.columns * 12
                     assert buffers < on.vmem
+
+
+# --- a decoder step
+
+
+@pytest.mark.parametrize("over", [1, 4])
+def test_decoder_step(over):
+    """One token a row through quantized blocks of a 7B model, on one device and cut over four: the kernels are inside."""
+    layers, rows, room = 2, 16, 1024
+    config = LlavaConfig.from_hf({"model_type": "llava", "text_config": {"num_hidden_layers": layers}})
+    model = Llava(config)
+    ids, pixels = array((1, 600), "int32"), array((1, 3, 336, 336), "float32")
+    params = jax.eval_shape(lambda i, p: model.init(jax.random.key(0), i, pixel_values=p), ids, pixels)["params"]
+    params = jax.tree.map(lambda a: array(a.shape, "bfloat16"), params)
+    shapes = {path: leaf.shape for path, leaf in kernels(params).items() if path.startswith("decoder/blocks_")}
+    assert sorted(set(shapes.values())) == sorted(sites_of("LLaVA-7B").values())
+    sites = {path: site(*shape, (4, 4)) for path, shape in shapes.items()}
+    if over > 1:
+        sites = {path: sharding.by_columns(w, "x", over) for path, w in sites.items()}
+    params = replace_kernels(params, sites)
+    text = config.text
+    cache = array((rows, room, text.num_kv_heads, text.head_dim), "bfloat16")
+    state = ([KVCache(cache, cache)] * layers, array((rows, room), "bool"), array((), "int32"), array((rows,), "int32"))
+
+    def cut(leaf):
+        return (
+            sharding.specs(leaf) if isinstance(leaf, SplitWeight) and leaf.axis else jax.tree.map(lambda _: PartitionSpec(), leaf)
+        )
+
+    args = (params, array((rows,), "int32"), state)
+    specs = jax.tree.map(cut, args, is_leaf=lambda leaf: isinstance(leaf, SplitWeight))
+    compiled, program = compile_for("v6e", lambda p, t, s: step(model, p, t, s), *args, specs=specs, over=over)
+    assert "s4" in products(program)
+    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
+    quantized = size(list(sites.values()))
+    # each device holds its share of the quantized weights and all of the rest; tiles of narrow arrays are padded
+    assert compiled.memory_analysis().argument_size_in_bytes < 1.3 * quantized / over + 1.05 * (size(args) - quantized)
+    assert compiled.memory_analysis().temp_size_in_bytes < max(w.groups[0].w.words[0].size * 4 for w in sites.values())

@@ -72,13 +72,16 @@ def target(chip: str, axes: dict[str, int]) -> Iterator[jax.sharding.Mesh]:
     jax.clear_caches()
 
 
-def compile_for(chip: str, function: Any, *args: Any) -> tuple[Any, str]:
-    """Compile for one chip; return the executable and the kernels' final programs."""
+def compile_for(chip: str, function: Any, *args: Any, specs: Any = None, over: int = 1) -> tuple[Any, str]:
+    """Compile for ``over`` chips, the arguments cut as ``specs`` say (None: whole); return executable and the kernels' final programs."""
     DUMP.mkdir(exist_ok=True)
-    with target(chip, {"x": 1}) as mesh:
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), args)
-        compiled = jax.jit(function).trace(*args).lower().compile()
+    with target(chip, {"x": over}) as mesh:
+        specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), args) if specs is None else specs
+
+        def placed(a: Any, spec: Any) -> Any:
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+        compiled = jax.jit(function).trace(*jax.tree.map(placed, args, specs)).lower().compile()
     programs = "".join(f.read_text() for f in sorted(DUMP.iterdir()) if "splitq" in f.name)
     for file in DUMP.iterdir():
         file.unlink()
