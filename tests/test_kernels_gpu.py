@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_kernels import ACCUMULATION, assert_close, mask_of, site_of, tokens_of
 
-from splitq_jax.kernels import gpu, gpu_kernel, hopper, sharding
+from splitq_jax.kernels import api, gpu, gpu_kernel, hopper, sharding
 from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, fragment_rows, pack_fragments, unpack_fragments
 from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
 from splitq_jax.kernels.gpu_tile import Operands, Tile, Work
@@ -129,6 +129,14 @@ def test_a_laid_out_site_over_devices():
         cut = jax.jit(linear)(x, placed, text)
     # XLA on CPU reads a transposed matrix of another width in another order: float32 sums differ in their last bits
     assert (np.abs(np.asarray(cut) - np.asarray(whole)) <= ACCUMULATION * np.abs(np.asarray(whole)).max(1, keepdims=True)).all()
+
+
+def test_on_a_gpu_nothing_is_interpreted(monkeypatch):
+    """What a forced backend traces to where it is at home: XLA refuses to lower the interpreter's effects for a GPU."""
+    site, x = gpu.relayout(site_of(0, 576, 64, (4, 8), side=8, ranks=(11, 17))), tokens_of(0, 5, 576)
+    assert jax.make_jaxpr(lambda x: api.split_matmul(x, site, backend="gpu"))(x).effects
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not jax.make_jaxpr(lambda x: api.split_matmul(x, site, backend="gpu"))(x).effects
 
 
 def test_powers_and_mantissas_are_exact():
