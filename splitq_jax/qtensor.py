@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from splitq_jax.errors import InputError
+from splitq_jax.kernels.fragment import fragment_rows, unpack_fragments
 from splitq_jax.numerics import FLOAT_BITS, encode, scale_of
 from splitq_jax.packing import pack, padded_rows, unpack
 
@@ -21,24 +22,27 @@ class QTensor:
       scale: ``(1, N)``, one per column, ``(K, 1)``, one per row, or ``(K/g, N)``, one per column and group of g rows; None at 16 bits.
       bits: 2, 3, 4, 8 or 16.
       rows: K, which the padded words do not tell.
-      k_last: the words are transposed, ``(N, K/8)``: the layout that GPUs read.
+      elements: 0 for words as `splitq_jax.packing` lays them out; 4 or 2 for those that GPUs read, an int8 or a bfloat16 operand's
+        (`splitq_jax.kernels.fragment`: one or two planes, ``(N, _)``).
     """
 
     words: tuple[Array, ...]
     scale: Float[Array, "_ _"] | None
     bits: int = struct.field(pytree_node=False)
     rows: int = struct.field(pytree_node=False)
-    k_last: bool = struct.field(pytree_node=False, default=False)
+    elements: int = struct.field(pytree_node=False, default=0)
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(K, N)``."""
-        return self.rows, self.words[0].shape[0 if self.k_last else 1]
+        return self.rows, self.words[0].shape[0 if self.elements else 1]
 
     @property
     def padded_rows(self) -> int:
         """K with the rows of zero codes that fill the words."""
-        words: int = self.words[0].shape[1 if self.k_last else 0]
+        if self.elements:
+            return fragment_rows(self.words, self.bits)
+        words: int = self.words[0].shape[0]
         return words if self.bits >= 8 else words * 32 // self.bits
 
     @property
@@ -48,8 +52,9 @@ class QTensor:
 
     def codes(self) -> Int[Array, "K N"]:
         """Return the int8 codes."""
-        words = (self.words[0].T,) if self.k_last else self.words
-        return unpack(words, self.bits, self.rows)
+        if self.elements:
+            return unpack_fragments(self.words, self.bits, self.elements)[: self.rows]
+        return unpack(self.words, self.bits, self.rows)
 
     def decode(self) -> Float[Array, "K N"]:
         """Return the float matrix."""

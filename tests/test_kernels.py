@@ -105,7 +105,7 @@ class Product(NamedTuple):
 
 
 def numpy_product(backend: str, a: operands.Activations, w: SplitWeight, bias) -> Product:
-    """The product of given operands; accelerators hold the narrow weights in bfloat16, the reference in float32."""
+    """The product of given operands; the TPU's kernels hold the narrow weights in bfloat16, scales included."""
     main = w.groups[0].w
     values = np.asarray(a.values, np.float64)[:, : main.rows]
     if a.scale is not None:
@@ -115,7 +115,7 @@ def numpy_product(backend: str, a: operands.Activations, w: SplitWeight, bias) -
         side, at = np.asarray(a.side, np.float64), 0
         for segment in operands.segments(w):
             rows = numpy_codes(segment.w) * (1.0 if segment.columns is None else np.asarray(segment.columns, np.float64))
-            rows = rows if backend == "reference" else rows.astype(ml_dtypes.bfloat16).astype(np.float64)
+            rows = rows if backend != "tpu" else rows.astype(ml_dtypes.bfloat16).astype(np.float64)
             terms.append((side[:, at : at + segment.w.rows], rows))
             at += segment.w.padded_rows
     value, magnitude = (sum(f(x) @ f(b) for x, b in terms) for f in (np.asarray, np.abs))

@@ -44,9 +44,9 @@ def specs(w: SplitWeight) -> SplitWeight:
     cut, whole = PartitionSpec(None, w.axis), PartitionSpec()
 
     def matrix(q: QTensor) -> QTensor:
-        words = PartitionSpec(w.axis, None) if q.k_last else cut
+        words = (PartitionSpec(w.axis, None) if q.elements else cut,) * len(q.words)
         by_row = q.scale is None or q.scale.shape[1] == 1
-        return dataclasses.replace(q, words=(words,), scale=None if q.scale is None else whole if by_row else cut)
+        return dataclasses.replace(q, words=words, scale=None if q.scale is None else whole if by_row else cut)
 
     uncut = jax.tree.map(lambda _: whole, w)
     groups = tuple(dataclasses.replace(u, w=matrix(g.w)) for u, g in zip(uncut.groups, w.groups, strict=True))

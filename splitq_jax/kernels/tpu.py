@@ -53,7 +53,7 @@ def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
 def _refuses_matrix(w: QTensor) -> str | None:
     if w.bits not in {3, 4}:
         return f"weights of {w.bits} bits"
-    if w.k_last:
+    if w.elements:
         return "words laid out for another platform"
     if w.scale is not None and w.scale.shape[0] > 1 and w.group % 32:
         return f"groups of {w.group} rows"

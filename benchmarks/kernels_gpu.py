@@ -1,0 +1,171 @@
+"""Times the GPU kernels beside cuBLAS in bfloat16. Needs a Hopper GPU (compute capability 9.0) and ``jax[cuda13]``.
+
+    python benchmarks/kernels_gpu.py --out benchmarks/results/kernels_gpu_h200.json
+
+Every row is checked against float64 numpy on some output channels before it is timed; a wrong product ends the run. A time is the median
+over repetitions of the sum of a product's kernels as the GPU's own event records (CUPTI) give it, without the gaps between launches. Before
+each repetition a buffer of several times the L2 cache is written, so the weights come from memory. Activations are quantized beforehand:
+the time is the product's, as in the tables of the peers. A row that the output file holds already is not timed again.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from splitq_jax.kernels.fragment import PLANES, unpack_fragments
+from splitq_jax.kernels.gpu import _powers_and_mantissas
+from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
+from splitq_jax.kernels.gpu_tile import Operands
+
+K, N = 4096, 14336
+TOKENS = (1, 16, 32, 256, 2048)
+SIDE = ((64, True), (64, True), (128, False), (128, False))  # text and vision group, CWS and MAC, as their words are padded
+KINDS = {  # bits of the weight, integer activations, group, narrow segments
+    "W4A8": (4, True, None, ()),
+    "W4A8 + side": (4, True, None, SIDE),
+    "W3A8": (3, True, None, ()),
+    "W4A16": (4, False, None, ()),
+    "W4A16 g128": (4, False, 128, ()),
+    "W3A16": (3, False, None, ()),
+}
+TARGETS = {(kind, tokens): 8.0 for kind in ("W4A8", "W4A16") for tokens in (1, 16, 32)} | {("W4A8", 2048): 200.0}  # microseconds
+FLUSH_BYTES = 256 * 2**20
+CHECKED = 64  # output channels
+
+
+def operands_of(kind: str, tokens: int) -> Operands:
+    """Draw operands: random words are random codes of the whole range."""
+    bits, integer, group, side = KINDS[kind]
+    rng = np.random.default_rng(0)
+
+    def words(width: int, field: int) -> jax.Array:
+        return jnp.asarray(rng.integers(-(2**31), 2**31, (N, width * field // 32), dtype=np.int64).astype(np.int32))
+
+    columns = np.exp(rng.standard_normal((sum(scaled for _, scaled in side), N))).astype(np.float32)
+    x = rng.integers(-128, 128, (tokens, K)).astype(np.int8) if integer else rng.standard_normal((tokens, K))
+    return Operands(
+        x=jnp.asarray(x, jnp.int8 if integer else jnp.bfloat16),
+        planes=tuple(words(K, field) for field in PLANES[bits]),
+        scale=jnp.asarray(np.exp(rng.standard_normal((K // group if group else 1, N))), jnp.float32),
+        token_scale=jnp.asarray(np.exp(rng.standard_normal(tokens)), jnp.float32) if integer else None,
+        side=jnp.asarray(rng.standard_normal((tokens, sum(w for w, _ in side))), jnp.bfloat16) if side else None,
+        side_words=tuple(words(width, 4) for width, _ in side),
+        side_scale=_powers_and_mantissas(jnp.asarray(columns)) if side else None,
+        bias=None,
+    )
+
+
+def check(o: Operands, bits: int, got: jax.Array) -> None:
+    """Compare some output channels with float64, within one rounding and the error of float32 sums.
+
+    Raises:
+      SystemExit: they differ.
+    """
+    channels = np.sort(np.random.default_rng(1).choice(N, CHECKED, replace=False))
+
+    def codes(planes: tuple[jax.Array, ...], width: int, elements: int) -> np.ndarray:
+        return np.asarray(unpack_fragments(tuple(p[channels] for p in planes), width, elements), np.float64)
+
+    scale = np.asarray(o.scale, np.float64)[:, channels]
+    x = np.asarray(o.x, np.float64) * (1 if o.token_scale is None else np.asarray(o.token_scale, np.float64)[:, None])
+    terms = [(x, codes(o.planes, bits, 2 if o.token_scale is None else 4) * np.repeat(scale, K // scale.shape[0], 0))]
+    begin, scaled = 0, 0 if o.side_scale is None else o.side_scale[0].shape[0]
+    for i, packed in enumerate(o.side_words):
+        narrow = codes((packed,), 4, 2)
+        if i < scaled and o.side_scale is not None:
+            narrow = narrow * np.prod([np.asarray(part[i, channels], np.float64) for part in o.side_scale], axis=0)
+        terms.append((np.asarray(o.side[:, begin : begin + len(narrow)], np.float64), narrow))
+        begin += len(narrow)
+    value, magnitude = (sum(f(a) @ f(b) for a, b in terms) for f in (np.asarray, np.abs))
+    excess = np.abs(np.asarray(got[:, channels], np.float64) - value) - np.abs(value) * 2.0**-8 - magnitude * 2.0**-20
+    if not (excess <= 0).all():
+        raise SystemExit(f"wrong product: {(excess > 0).mean():.1%} of the entries are off, the worst by {excess.max():.3g}")
+
+
+def time_of(product: Callable[..., Any], *args: Any, repeats: int = 30) -> float:
+    """Return the median time of a product's kernels in microseconds, the weights not in cache."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    def flush(buffer: jax.Array) -> jax.Array:
+        return buffer + 1
+
+    def flushed(buffer: jax.Array, *args: Any) -> Any:
+        buffer, args = jax.lax.optimization_barrier((flush(buffer), args))
+        return buffer, product(*args)
+
+    buffer = jnp.zeros(FLUSH_BYTES // 4, jnp.int32)
+    _, alone = profiler.measure(flush, aggregate=False)(buffer)
+    _, both = profiler.measure(flushed, aggregate=False, iterations=repeats)(buffer, *args)
+    if alone is None or both is None:
+        raise SystemExit("the profiler saw no kernel: is another tool using CUPTI?")
+    return 1e3 * statistics.median(sum(time for _, time in kernels[len(alone) :]) for kernels in both)
+
+
+def hopper() -> jax.Device:
+    """Return the GPU.
+
+    Raises:
+      SystemExit: there is none, or it is no Hopper.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu" or getattr(device, "compute_capability", "") != "9.0":
+        raise SystemExit(
+            f"kernels_gpu: needs a Hopper GPU (compute capability 9.0); JAX runs on {device.platform}: {device.device_kind}"
+        )
+    return device
+
+
+def main() -> None:
+    """Time what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, written after every row")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    args = parser.parse_args()
+    device = hopper()
+    settings = {
+        "device": device.device_kind,
+        "shape": f"{K} x {N}",
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")},
+    }
+    stored = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "rows": {}}
+    if stored["settings"] != settings:
+        raise SystemExit(f"{args.out}: rows of {stored['settings']}, this run has {settings}; use another --out")
+    for tokens in args.tokens:
+        x = jax.random.normal(jax.random.key(0), (tokens, K), jnp.bfloat16)
+        w = jax.random.normal(jax.random.key(1), (K, N), jnp.bfloat16)
+        for kind in ("cuBLAS bf16", *args.kinds):
+            name = f"{kind}, {tokens} tokens"
+            if name in stored["rows"]:
+                continue
+            if kind == "cuBLAS bf16":
+                row = {"us": time_of(jnp.dot, x, w)}
+            else:
+                bits, _, group, _ = KINDS[kind]
+                product = jax.jit(lambda o, bits=bits, group=group: matmul(o, bits, group, jnp.bfloat16))
+                o = operands_of(kind, tokens)
+                check(o, bits, product(o))
+                weight = sum(p.size * 4 for p in o.planes)
+                row = {
+                    "us": time_of(product, o),
+                    "floor_us": weight / 4.8e6,
+                    "tile": str(choose_tile(tokens, N, K, group is not None)),
+                }
+                row |= {"target_us": TARGETS[kind, tokens]} if (kind, tokens) in TARGETS else {}
+                row["times_bf16"] = stored["rows"][f"cuBLAS bf16, {tokens} tokens"]["us"] / row["us"]
+            stored["rows"][name] = row | {"date": datetime.date.today().isoformat()}
+            args.out.write_text(json.dumps(stored, indent=2) + "\n")
+            print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

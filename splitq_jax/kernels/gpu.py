@@ -1,0 +1,159 @@
+"""The kernels' jobs on NVIDIA Hopper, by `splitq_jax.kernels.gpu_matmul`.
+
+Weights are read in the order of the tensor cores' registers (`relayout`), made once, where a model is quantized or restored: what comes in
+the layout of `splitq_jax.packing` is computed right, but laid out anew at every call. Activations are transformed and quantized by XLA,
+which fuses that into a few passes over the tokens, for many tokens and for few: a thread block sees a tile of the channels, so a kernel
+that quantized inside would read, and transform, whole tokens once a tile.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, DTypeLike, Float
+
+from splitq_jax.kernels import reference
+from splitq_jax.kernels.fragment import PLANES, pack_fragments
+from splitq_jax.kernels.gpu_matmul import matmul
+from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands, Tile
+from splitq_jax.kernels.operands import Activations, keeps_floats, segments, widen
+from splitq_jax.qtensor import QTensor
+
+if TYPE_CHECKING:
+    from splitq_jax.linear import SplitWeight
+else:
+    SplitWeight = Any
+
+INT8, BFLOAT16 = 4, 2  # elements of a register, by which `QTensor.elements` names the layouts
+
+
+def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
+    """Return why a job goes to the reference, None where it does not."""
+    main = w if isinstance(w, QTensor) else w.groups[0].w
+    if tokens == 0:
+        return "no tokens"
+    if main.bits not in PLANES:
+        return f"weights of {main.bits} bits"
+    if _scale(main).shape[0] > 1 and not isinstance(w, QTensor):
+        return "scales per group of rows in a site"
+    if _scale(main).shape[0] > 1 and main.group not in (32, 64) and main.group % STEP:
+        return f"groups of {main.group} rows"
+    if not isinstance(w, QTensor):
+        other = [s.w.bits for s in segments(w) if s.w.bits != 4]
+        if other:
+            return f"narrow weights of {other[0]} bits"
+    return None
+
+
+def relayout(w: SplitWeight | QTensor) -> SplitWeight | QTensor:
+    """Return the same weight as the kernels read it; unchanged where they refuse it."""
+    if refuses("quantized_matmul", w, 1):
+        return w
+    return _fragments(w, BFLOAT16, STEP) if isinstance(w, QTensor) else _relayout_site(w)
+
+
+def _relayout_site(w: SplitWeight) -> SplitWeight:
+    main, *others = w.groups
+    groups = [replace(main, w=_fragments(main.w, BFLOAT16 if keeps_floats(w) else INT8, STEP))]
+    groups += [replace(g, w=_fragments(g.w, BFLOAT16, SIDE_STEP)) for g in others]
+    cws, mac = (None if b is None else replace(b, v=_fragments(b.v, BFLOAT16, SIDE_STEP)) for b in (w.cws, w.mac))
+    return replace(w, groups=tuple(groups), cws=cws, mac=mac)
+
+
+def _fragments(w: QTensor, elements: int, multiple: int) -> QTensor:
+    if w.elements == elements and w.padded_rows % multiple == 0:
+        return w
+    return QTensor(pack_fragments(w.codes(), w.bits, elements, multiple), w.scale, w.bits, w.rows, elements)
+
+
+def _scale(w: QTensor) -> Float[Array, "G N"]:
+    assert w.scale is not None  # only codes reach this
+    return w.scale.astype(jnp.float32)
+
+
+def quantize_activations(
+    x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None, *, interpret: bool = False
+) -> Activations:
+    """Transform, split and quantize tokens, and compute the narrow operand (see `api.quantize_activations`).
+
+    Tokens that stay floats become bfloat16, the tensor cores' type.
+    """
+    a = reference.quantize_activations(x, w, is_text)
+    values = a.values if a.scale is not None else a.values.astype(jnp.bfloat16)
+    return Activations(values, a.scale, None if a.side is None else a.side.astype(jnp.bfloat16))
+
+
+def quantized_matmul(
+    a: Activations, w: SplitWeight, bias: Float[Array, " N"] | None, *, dtype: DTypeLike, interpret: bool = False
+) -> Float[Array, "M N"]:
+    """Multiply prepared tokens by a site (see `api.quantized_matmul`)."""
+    laid = _relayout_site(w)
+    main, narrow = laid.groups[0].w, segments(laid)
+    columns = [s.columns[0] for s in narrow if s.columns is not None]
+    operands = Operands(
+        x=_fit(a.values if a.scale is not None else a.values.astype(jnp.bfloat16), main),
+        planes=main.words,
+        scale=_scale(main),
+        token_scale=None if a.scale is None else a.scale[:, 0].astype(jnp.float32),
+        side=None if a.side is None else _side(a.side, w, laid).astype(jnp.bfloat16),
+        side_words=tuple(s.w.words[0] for s in narrow),
+        side_scale=_powers_and_mantissas(jnp.stack(columns).astype(jnp.float32)) if columns else None,
+        bias=None if bias is None else bias.astype(jnp.float32),
+    )
+    return matmul(operands, main.bits, None, dtype, _interpreted(operands, interpret), interpret)
+
+
+def decode_matmul(
+    x: Float[Array, "M D"],
+    w: SplitWeight,
+    is_text: Bool[Array, " M"] | None,
+    bias: Float[Array, " N"] | None,
+    *,
+    dtype: DTypeLike,
+    interpret: bool = False,
+) -> Float[Array, "M N"]:
+    """Quantize and multiply (see `api.decode_matmul`): two steps here, for the reason that the module gives."""
+    return quantized_matmul(quantize_activations(x, w, is_text), w, bias, dtype=dtype, interpret=interpret)
+
+
+def weight_only_matmul(
+    x: Float[Array, "M K"], w: QTensor, bias: Float[Array, " N"] | None, *, dtype: DTypeLike, interpret: bool = False
+) -> Float[Array, "M N"]:
+    """Multiply float tokens by packed codes (see `api.weight_only_matmul`); tokens become bfloat16."""
+    laid = _fragments(w, BFLOAT16, STEP)
+    scale = _scale(w)
+    group = None if scale.shape[0] == 1 else w.group
+    if group is not None:
+        scale = jnp.pad(scale, ((0, -(-laid.padded_rows // group) - scale.shape[0]), (0, 0)))
+    bias = None if bias is None else bias.astype(jnp.float32)
+    operands = Operands(widen(x.astype(jnp.bfloat16), laid.padded_rows), laid.words, scale, None, None, (), None, bias)
+    return matmul(operands, laid.bits, group, dtype, _interpreted(operands, interpret), interpret)
+
+
+def _side(side: Float[Array, "M R"], w: SplitWeight, laid: SplitWeight) -> Float[Array, "M _"]:
+    """Give each segment the columns that the laid out weight has."""
+    given, needed = ([s.w for s in segments(site)] for site in (w, laid))
+    widths = [v.padded_rows for v in given]
+    if widths == [v.padded_rows for v in needed]:
+        return side
+    parts = jnp.split(side, [sum(widths[: i + 1]) for i in range(len(widths) - 1)], axis=1)
+    return jnp.concatenate([_fit(part, v) for part, v in zip(parts, needed, strict=True)], axis=1)
+
+
+def _fit(x: Float[Array, "M _"], w: QTensor) -> Float[Array, "M _"]:
+    """Make ``x``, zero beyond the weight's rows, as wide as the weight's padded rows."""
+    return x if x.shape[1] == w.padded_rows else widen(x[:, : w.rows], w.padded_rows)
+
+
+def _powers_and_mantissas(scale: Float[Array, "S N"]) -> tuple[Float[Array, "S N"], Float[Array, "S N"]]:
+    """Write float32 scales as powers of two times mantissas in [1, 2), exactly."""
+    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
+    power, mantissa = bits & -0x00800000, bits & 0x007FFFFF | 0x3F800000  # sign and exponent; fraction
+    return jax.lax.bitcast_convert_type(power, jnp.float32), jax.lax.bitcast_convert_type(mantissa, jnp.float32)
+
+
+def _interpreted(o: Operands, interpret: bool) -> Tile | None:
+    """Take the whole product as one tile where it is interpreted: the interpreter compiles anew for every thread block."""
+    m, n = o.x.shape[0], o.planes[0].shape[0]
+    return Tile(-(-m // 32) * 32, -(-n // 64) * 64, 1, 1, 1) if interpret else None

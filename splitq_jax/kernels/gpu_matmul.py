@@ -1,0 +1,103 @@
+"""The product of tokens and packed weights on Hopper: one Mosaic GPU kernel for integer and float tokens, prefill and decode.
+
+A thread block computes the transpose of a tile of the result: output channels are the rows of its accumulators, tokens the columns. So the
+weights are `wgmma`'s first operand, which registers may hold, and are expanded from packed words on their way to the tensor cores, never
+stored expanded. One warpgroup copies (TMA) slots of a ring in shared memory, a block of 128 input channels each; the others multiply. They
+lie side by side along the output channels, and with few tokens also deal the blocks of a tile among them and add up their sums at the end.
+Where even that leaves processors idle, thread blocks split the input channels and their float32 sums are added by XLA.
+
+    y = 2^-s acc * token scale * channel scale                       integer tokens: acc is exact in int32
+    y = sum over groups of rows: acc_group * scale[group]            float tokens
+    y += side . codes (* channel scale of that segment) + bias       the site's narrow operand, bfloat16
+
+3-bit codes take 3 bits in memory (`splitq_jax.kernels.fragment`). `wgmma` has no 4-bit type: with 4-bit activations
+the gain is the weights' memory, not arithmetic.
+"""
+
+from functools import partial
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from splitq_jax.kernels import hopper, hopper_interpreted
+from splitq_jax.kernels.gpu_kernel import kernel
+from splitq_jax.kernels.gpu_tile import STEP, Operands, Tile
+
+PROCESSORS = 132  # of an H100 or H200
+
+
+def choose_tile(tokens: int, channels: int, width: int, groups: bool) -> Tile:
+    """Choose by rule.
+
+    Many tokens: tiles of 256 channels by 128 tokens reuse what they load most; scales per group need a second accumulator, so half the
+    channels. Few tokens, or too few such tiles to fill the processors: 64 channels, four warpgroups along the input channels to expand
+    weights as fast as memory delivers them, and as many splits as give every processor a tile (no less than 16 steps each).
+
+    Args:
+      tokens: M.
+      channels: N.
+      width: K.
+      groups: whether the scales are per group of input channels.
+    """
+    rows = 64 if groups or channels % 256 else 128
+    if tokens > 64 and -(-tokens // 128) * -(-channels // (2 * rows)) >= PROCESSORS:
+        return Tile(128, rows, 2, 1, 1)
+    columns = next(c for c in (8, 16, 32, 64) if tokens <= c or c == 64)
+    tiles = -(-tokens // columns) * -(-channels // 64)
+    splits = max(1, min(PROCESSORS // tiles, width // (16 * STEP)))
+    return Tile(columns, 64, 1, 4, splits)
+
+
+@partial(jax.jit, static_argnames=("bits", "group", "dtype", "tile", "interpret"))  # sites of one shape share a trace
+def matmul(
+    operands: Operands, bits: int, group: int | None, dtype: DTypeLike, tile: Tile | None = None, interpret: bool = False
+) -> Float[Array, "M N"]:
+    """Multiply tokens by packed codes; see the module.
+
+    Args:
+      operands: ``x`` as wide as the weight's padded input channels, a multiple of 128.
+      bits: of the weight's codes.
+      group: input channels that share a scale, None where each output channel has one scale.
+      dtype: of the result.
+      tile: None to choose by rule.
+      interpret: run in Python what a GPU would.
+    """
+    (m, k), n = operands.x.shape, operands.planes[0].shape[0]
+    tile = tile or choose_tile(m, n, k, group is not None)
+    padded = _pad(operands, -m % tile.tokens, -n % tile.channels)
+    shape = (tile.splits, m + -m % tile.tokens, n + -n % tile.channels)
+    out_dtype = jnp.dtype(dtype if tile.splits == 1 else jnp.float32)
+    run = plgpu.kernel(
+        partial(kernel, bits=bits, group=group, tile=tile, registers=hopper_interpreted if interpret else hopper),
+        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
+        grid=(tile.splits * (shape[1] // tile.tokens) * (shape[2] // tile.channels),),
+        grid_names=("block",),
+        num_threads=tile.across * tile.along + 1,
+        thread_name="warpgroup",
+        compiler_params=hopper.PARAMS,
+        interpret=hopper.INTERPRETER if interpret else False,
+    )
+    y = run(padded)
+    y = y[0] if tile.splits == 1 else jnp.sum(y, axis=0).astype(dtype)
+    return y[:m, :n]
+
+
+def _pad(o: Operands, tokens: int, channels: int) -> Operands:
+    if not tokens and not channels:
+        return o
+
+    def rows(a: Array, count: int) -> Array:
+        return jnp.pad(a, ((0, count), *[(0, 0)] * (a.ndim - 1))) if count else a
+
+    return Operands(
+        rows(o.x, tokens),
+        tuple(rows(p, channels) for p in o.planes),
+        rows(o.scale.T, channels).T,
+        None if o.token_scale is None else rows(o.token_scale, tokens),
+        None if o.side is None else rows(o.side, tokens),
+        tuple(rows(w, channels) for w in o.side_words),
+        None if o.side_scale is None else tuple(rows(s.T, channels).T for s in o.side_scale),
+        None if o.bias is None else rows(o.bias, channels),
+    )
