@@ -8,6 +8,7 @@ from splitq_jax import acc, mocd, recipes
 from splitq_jax.errors import InputError
 from splitq_jax.linear import SplitWeight, linear
 from splitq_jax.mocd import SplitSize
+from splitq_jax.numerics import gaussian_clip
 from splitq_jax.quantization import kernels, layer_columns, match, prepare, summarize
 from splitq_jax.rounding import gptq
 from splitq_jax.site import learnable, with_learnable
@@ -115,7 +116,7 @@ def numpy_split_linear(x, w, leaf, bits):
         xt, wt = x[:, channels] @ p, np.linalg.solve(p, w[channels])
         a_clip = float(group.a_clip[0])
         x_hat = q(xt, a_bits if i == 0 else side[1], 1, a_clip)
-        w_clip = 1 / (1 + np.exp(-4.0))
+        w_clip = gaussian_clip(w_bits if i == 0 else side[0], k)
         if i > 0:
             y = y + x_hat @ q(wt, side[0], 0, w_clip)
             continue
