@@ -72,7 +72,9 @@ def target(chip: str, axes: dict[str, int]) -> Iterator[jax.sharding.Mesh]:
     jax.clear_caches()
 
 
-def compile_for(chip: str, function: Any, *args: Any, specs: Any = None, over: int = 1) -> tuple[Any, str]:
+def compile_for(
+    chip: str, function: Any, *args: Any, specs: Any = None, over: int = 1, donate: int | None = None
+) -> tuple[Any, str]:
     """Compile for ``over`` chips, the arguments cut as ``specs`` say (None: whole); return executable and the kernels' final programs."""
     DUMP.mkdir(exist_ok=True)
     with target(chip, {"x": over}) as mesh:
@@ -81,7 +83,7 @@ def compile_for(chip: str, function: Any, *args: Any, specs: Any = None, over: i
         def placed(a: Any, spec: Any) -> Any:
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
-        compiled = jax.jit(function).trace(*jax.tree.map(placed, args, specs)).lower().compile()
+        compiled = jax.jit(function, donate_argnums=donate).trace(*jax.tree.map(placed, args, specs)).lower().compile()
     programs = "".join(f.read_text() for f in sorted(DUMP.iterdir()) if "splitq" in f.name)
     for file in DUMP.iterdir():
         file.unlink()
