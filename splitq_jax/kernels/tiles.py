@@ -91,5 +91,6 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_byte
     while chunk > 1 and taken(chunk * step, n) > on.vmem:
         chunk -= 1
     blocks = -(-chunks // chunk)
+    chunk = -(-chunks // blocks)  # shared evenly, or the last block is padding
     pieces = 1 if few else max(p for p in (1, 2, 4) if n % (p * 2 * LANES) == 0 or p == 1)
     return Tiles(blocks * chunk * step, chunk * step, step, n, depth, pieces)
