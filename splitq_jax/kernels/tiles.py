@@ -75,22 +75,27 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_byte
       decoded_bytes: bytes of a weight as the product takes it.
     """
     few = tokens <= 256
-    chunks = -(-tokens // 1024)
-    step = up(-(-tokens // chunks), 64 if tokens > 64 else 16 if tokens > 8 else 8)
     # a grid step costs some 450 cycles beside its products
     wanted, depth = (1024 if decoded_bytes > 1 else 512, 3) if few else (2048, 2)
 
-    def taken(block: int, n: int) -> float:
+    def taken(block: int, step: int, n: int) -> float:
         weights = rows * n * (depth * w_bytes + decoded_bytes)
         return weights + block * rows * x_bytes + step * n * 12 + 4 * MIB
 
+    def even(chunks: int) -> int:
+        return up(-(-tokens // chunks), 64 if tokens > 64 else 16 if tokens > 8 else 8)
+
+    chunks = -(-tokens // 1024)
+    while taken(even(chunks), even(chunks), LANES) > on.vmem and even(chunks) > 64:
+        chunks *= 2
+    step = even(chunks)
     n = divisor(columns, wanted)
-    while n > LANES and taken(step, n) > on.vmem:
+    while n > LANES and taken(step, step, n) > on.vmem:
         n = divisor(columns, n - LANES)
     chunk = chunks
-    while chunk > 1 and taken(chunk * step, n) > on.vmem:
+    # shared evenly: a last block of padding costs more than another pass of the weight, which hides behind 1,024 tokens' products
+    while (taken(chunk * step, step, n) > on.vmem and chunk > 1) or chunks % chunk:
         chunk -= 1
-    blocks = -(-chunks // chunk)
-    chunk = -(-chunks // blocks)  # shared evenly, or the last block is padding
+    blocks = chunks // chunk
     pieces = 1 if few else max(p for p in (1, 2, 4) if n % (p * 2 * LANES) == 0 or p == 1)
     return Tiles(blocks * chunk * step, chunk * step, step, n, depth, pieces)
