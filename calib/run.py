@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from splitq_jax.errors import InputError
+from splitq_jax.sharding import on_host
 
 
 def fingerprint(*trees: Any) -> str:
@@ -21,7 +22,7 @@ def fingerprint(*trees: Any) -> str:
         digest.update(jax.tree_util.keystr(path).encode())
         if isinstance(leaf, jax.Array | np.ndarray):
             digest.update(f"{leaf.dtype}{leaf.shape}".encode())
-            digest.update(np.ascontiguousarray(leaf).tobytes())
+            digest.update(np.ascontiguousarray(on_host(leaf)).tobytes())
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -16,13 +16,13 @@ from splitq_jax.models.decoder import Decoder, DecoderConfig, causal_mask
 from splitq_jax.models.families import normalized
 from splitq_jax.models.layers import Linear, RMSNorm, check_sizes, check_types
 from splitq_jax.models.llava import Llava
-from splitq_jax.models.model import FixedImages
+from splitq_jax.models.model import FamilyConfig, FixedImages
 from splitq_jax.models.names import Source, Table
 from splitq_jax.models.vision import VisionConfig, VisionTower
 
 
 @dataclass(frozen=True)
-class Gemma3Config:
+class Gemma3Config(FamilyConfig):
     """A Gemma 3's ``config.json``.
 
     Attributes:
@@ -71,16 +71,6 @@ class Gemma3Config:
             tower_head=vision["vision_use_head"],
             tied=bool(config["tie_word_embeddings"]),
         )
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder blocks."""
-        return self.text.num_layers
-
-    @property
-    def placeholders(self) -> tuple[int, ...]:
-        """Tokens that image features replace."""
-        return (self.image_token_id,)
 
     @property
     def pool(self) -> int:

@@ -15,7 +15,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.models.decoder import Decoder, DecoderConfig
 from splitq_jax.models.families import normalized
 from splitq_jax.models.layers import Linear, check_sizes, check_types
-from splitq_jax.models.model import VisionLanguageModel, check_pixels
+from splitq_jax.models.model import FamilyConfig, VisionLanguageModel, check_pixels
 from splitq_jax.models.names import Source, Spelling, Table
 from splitq_jax.models.vision import VisionConfig, VisionTower
 
@@ -23,7 +23,7 @@ TEXTS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class Idefics3Config:
+class Idefics3Config(FamilyConfig):
     """An Idefics3's or SmolVLM's ``config.json``.
 
     Attributes:
@@ -65,16 +65,6 @@ class Idefics3Config:
             keeps_one=kind == "smolvlm",
             tied=bool(config["tie_word_embeddings"]),
         )
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder blocks."""
-        return self.text.num_layers
-
-    @property
-    def placeholders(self) -> tuple[int, ...]:
-        """Tokens that image features replace."""
-        return (self.image_token_id,)
 
     @property
     def tokens_per_image(self) -> int:

@@ -8,8 +8,8 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from splitq_jax.errors import InputError
-from splitq_jax.models.layers import LayerNorm, Linear, RMSNorm, activation, attend, check_sizes
-from splitq_jax.models.vision import patches
+from splitq_jax.models.layers import LayerNorm, Linear, RMSNorm, activation, attend
+from splitq_jax.models.vision import check_tower, patches
 
 NORMS: dict[str, type[LayerNorm] | type[RMSNorm]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
 QK_EPS = 1e-6  # of the norms of queries and keys
@@ -45,13 +45,7 @@ class InternViTConfig:
     has_last_norm: bool
 
     def __post_init__(self) -> None:
-        names = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_channels")
-        check_sizes("vision_config", **{name: getattr(self, name) for name in names})
-        activation(self.hidden_act)
-        if self.hidden_size % self.num_heads:
-            raise InputError(f"config.json: vision hidden_size {self.hidden_size} is no multiple of its {self.num_heads} heads")
-        if self.patch_size > self.image_size:
-            raise InputError(f"config.json: vision patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        check_tower(self)
         if self.norm not in NORMS:
             raise InputError(f"config.json: vision norm_type {self.norm!r}; supported are {', '.join(NORMS)}")
 

@@ -18,14 +18,14 @@ from splitq_jax.models.families import normalized
 from splitq_jax.models.internvit import InternViT, InternViTConfig
 from splitq_jax.models.layers import LARGEST, activation
 from splitq_jax.models.llava import MAX_IMAGE_TOKENS, SPELLING, Projector
-from splitq_jax.models.model import FixedImages
+from splitq_jax.models.model import FamilyConfig, FixedImages
 from splitq_jax.models.names import Source, Table
 
 PROJECTOR_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class InternVLConfig:
+class InternVLConfig(FamilyConfig):
     """An InternVL's ``config.json``.
 
     Attributes:
@@ -84,16 +84,6 @@ class InternVLConfig:
             projector_hidden_act=whole["projector_hidden_act"],
             tied=whole["text_config"]["tie_word_embeddings"] if silent else whole["tie_word_embeddings"],
         )
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder blocks."""
-        return self.text.num_layers
-
-    @property
-    def placeholders(self) -> tuple[int, ...]:
-        """Tokens that image features replace."""
-        return (self.image_token_id,)
 
     @property
     def tokens_per_image(self) -> int:

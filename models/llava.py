@@ -13,7 +13,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.models.decoder import Decoder, DecoderConfig
 from splitq_jax.models.families import normalized
 from splitq_jax.models.layers import LARGEST, LayerNorm, Linear, activation
-from splitq_jax.models.model import FixedImages
+from splitq_jax.models.model import FamilyConfig, FixedImages
 from splitq_jax.models.names import Source, Spelling, Table
 from splitq_jax.models.vision import VisionConfig, VisionTower
 
@@ -35,7 +35,7 @@ SPELLING = Spelling(
 
 
 @dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(FamilyConfig):
     """A LLaVA's ``config.json``."""
 
     vision: VisionConfig
@@ -82,16 +82,6 @@ class LlavaConfig:
             "projector_bias": config["multimodal_projector_bias"],
             "tied": config["tie_word_embeddings"],
         }
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder blocks."""
-        return self.text.num_layers
-
-    @property
-    def placeholders(self) -> tuple[int, ...]:
-        """Tokens that image features replace."""
-        return (self.image_token_id,)
 
     @property
     def feature_layers(self) -> tuple[int, ...]:

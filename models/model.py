@@ -12,7 +12,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
-from splitq_jax.models.decoder import Block, Context, causal_mask
+from splitq_jax.models.decoder import Block, Context, DecoderConfig, causal_mask
 from splitq_jax.models.names import Source, Spelling
 
 Params = dict[str, Any]
@@ -24,6 +24,23 @@ class Hidden:
 
     x: Float[Array, "B L D"]
     context: Context
+
+
+class FamilyConfig:
+    """What every family's frozen config has: ``text``, ``image_token_id`` and what follows from them."""
+
+    text: DecoderConfig
+    image_token_id: int
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder blocks."""
+        return self.text.num_layers
+
+    @property
+    def placeholders(self) -> tuple[int, ...]:
+        """Tokens that features of images (and videos) replace."""
+        return (self.image_token_id,)
 
 
 class VisionLanguageModel(nn.Module):

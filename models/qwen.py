@@ -12,9 +12,9 @@ from splitq_jax.errors import InputError
 from splitq_jax.models.decoder import Decoder, DecoderConfig
 from splitq_jax.models.families import normalized
 from splitq_jax.models.layers import LARGEST
-from splitq_jax.models.model import VisionLanguageModel, check_pixels
+from splitq_jax.models.model import FamilyConfig, VisionLanguageModel, check_pixels
 from splitq_jax.models.mrope import Visuals, mrope_positions
-from splitq_jax.models.names import Source, Table
+from splitq_jax.models.names import Source, Spelling, Table
 from splitq_jax.models.qwen_vision import QwenMerger, QwenVisionConfig, QwenVisionTower, arrange, roomy
 
 MODALITIES = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
@@ -22,8 +22,14 @@ TOKENS = ("input_ids", "attention_mask", "positions", "segments")
 INPUTS = {*TOKENS, *(name for names in MODALITIES.values() for name in names), "mm_token_type_ids", "second_per_grid_ts"}
 
 
+SPELLING = Spelling(  # of Qwen2-VL and Qwen2.5-VL
+    rules=((r"^model\.(?=visual\.)", ""), (r"^model\.language_model\.", "model.")),  # transformers 5's memory
+    embedding="model.embed_tokens.weight",
+)
+
+
 @dataclass(frozen=True)
-class QwenConfig:
+class QwenConfig(FamilyConfig):
     """A Qwen-VL's ``config.json``.
 
     Attributes:
@@ -44,11 +50,6 @@ class QwenConfig:
             raise InputError(
                 f"config.json: image features of width {self.vision.out_size}; the decoder's is {self.text.hidden_size}"
             )
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder blocks."""
-        return self.text.num_layers
 
     @property
     def placeholders(self) -> tuple[int, ...]:

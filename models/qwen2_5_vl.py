@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from splitq_jax.models.names import Spelling
-from splitq_jax.models.qwen import QwenConfig, QwenNames, QwenVL, read
+from splitq_jax.models.qwen import SPELLING, QwenConfig, QwenNames, QwenVL, read
 from splitq_jax.models.qwen_vision import QwenVisionConfig
 
 
@@ -11,10 +10,7 @@ class Qwen25VL(QwenVL):
     """A tower with windows and a gated MLP; video frames lie apart as their time."""
 
     names = QwenNames("visual", "model", (("gate_proj", "up_proj"), ("down_proj",)), ("ln_q", "mlp.0", "mlp.2"))
-    spelling = Spelling(
-        rules=((r"^model\.(?=visual\.)", ""), (r"^model\.language_model\.", "model.")),  # transformers 5's memory
-        embedding="model.embed_tokens.weight",
-    )
+    spelling = SPELLING
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Qwen25VL":

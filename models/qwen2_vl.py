@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from splitq_jax.models.names import Spelling
-from splitq_jax.models.qwen import QwenConfig, QwenNames, QwenVL, read
+from splitq_jax.models.qwen import SPELLING, QwenConfig, QwenNames, QwenVL, read
 from splitq_jax.models.qwen_vision import QwenVisionConfig
 
 
@@ -11,10 +10,7 @@ class Qwen2VL(QwenVL):
     """A tower of plain blocks; video frames count one temporal position each."""
 
     names = QwenNames("visual", "model", (("fc1",), ("fc2",)), ("ln_q", "mlp.0", "mlp.2"))
-    spelling = Spelling(
-        rules=((r"^model\.(?=visual\.)", ""), (r"^model\.language_model\.", "model.")),  # transformers 5's memory
-        embedding="model.embed_tokens.weight",
-    )
+    spelling = SPELLING
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Qwen2VL":

@@ -11,6 +11,21 @@ from splitq_jax.errors import InputError
 from splitq_jax.models.layers import LayerNorm, Linear, activation, attend, check_sizes
 
 
+def check_tower(c: Any) -> None:
+    """Check the sizes and the activation of a tower's config.
+
+    Raises:
+      InputError: sizes that are absurd or do not fit each other; an activation that is not supported.
+    """
+    names = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_channels")
+    check_sizes("vision_config", **{name: getattr(c, name) for name in names})
+    activation(c.hidden_act)
+    if c.hidden_size % c.num_heads:
+        raise InputError(f"config.json: vision hidden_size {c.hidden_size} is no multiple of its {c.num_heads} heads")
+    if c.patch_size > c.image_size:
+        raise InputError(f"config.json: vision patch_size {c.patch_size} is larger than image_size {c.image_size}")
+
+
 @dataclass(frozen=True)
 class VisionConfig:
     """Sizes of the tower, from ``vision_config`` in ``config.json``."""
@@ -27,13 +42,7 @@ class VisionConfig:
     num_channels: int = 3
 
     def __post_init__(self) -> None:
-        names = ("image_size", "patch_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_channels")
-        check_sizes("vision_config", **{name: getattr(self, name) for name in names})
-        activation(self.hidden_act)
-        if self.hidden_size % self.num_heads:
-            raise InputError(f"config.json: vision hidden_size {self.hidden_size} is no multiple of its {self.num_heads} heads")
-        if self.patch_size > self.image_size:
-            raise InputError(f"config.json: vision patch_size {self.patch_size} is larger than image_size {self.image_size}")
+        check_tower(self)
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "VisionConfig":
