@@ -12,10 +12,11 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.errors import InputError
+from splitq_jax.kernels.layout import native
 from splitq_jax.models.cache import KV_BITS, Cache, empty
 from splitq_jax.models.decoder import Context, step_mask
 from splitq_jax.models.sampling import Sampling
-from splitq_jax.qtensor import QTensor
+from splitq_jax.sharding import mesh_of
 
 Params = dict[str, Any]
 NONE = -1  # no token: what stands behind the end of a row
@@ -77,18 +78,19 @@ def generate(
     length = _round_up(np.shape(batch["input_ids"])[1])
     prepared = model.prepare(_pad_left(batch, length, model.config.placeholders))
     room = _round_up(length + int(max_new_tokens))
-    params = _decoded(params)
-    state = prefill(model, params, prepared, sampling, stops, jax.random.key(seed), room, kv_bits)
-    end = length + int(max_new_tokens)
-    if on_token is None:
-        state = advance(model, params, state, sampling, stops, end)
-    else:
-        on_token(_column(state, length))
-        for until in range(length + 2, end + 1):
-            if np.asarray(state.ended).all():
-                break
-            state = advance(model, params, state, sampling, stops, until)
-            on_token(_column(state, until - 1))
+    with mesh_of(params):
+        params = native(params)
+        state = prefill(model, params, prepared, sampling, stops, jax.random.key(seed), room, kv_bits)
+        end = length + int(max_new_tokens)
+        if on_token is None:
+            state = advance(model, params, state, sampling, stops, end)
+        else:
+            on_token(_column(state, length))
+            for until in range(length + 2, end + 1):
+                if np.asarray(state.ended).all():
+                    break
+                state = advance(model, params, state, sampling, stops, until)
+                on_token(_column(state, until - 1))
     rows = np.asarray(state.tokens)[:, length : int(state.at) + 1]
     return [row[row != NONE] for row in rows]
 
@@ -211,20 +213,3 @@ def _stops(ids: Collection[int]) -> Int[np.ndarray, " E"]:
         raise InputError(f"stop_ids {ids!r}: expected token ids")
     found = sorted(int(i) for i in ids)
     return np.array(found + [NONE] * (8 if not found else -len(found) % 8), np.int32)
-
-
-def _decoded(params: Params) -> Params:
-    """Unpack the codes to int8 once instead of at each step, where no kernel reads packed ones: the same products."""
-    if jax.default_backend() != "cpu":
-        return params
-    out: Params = jax.tree.map(_bytes, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    return out
-
-
-def _bytes(leaf: Any) -> Any:
-    if not isinstance(leaf, QTensor) or leaf.bits >= 8:
-        return leaf
-    return QTensor((_codes(leaf),), leaf.scale, 8, leaf.rows)
-
-
-_codes = jax.jit(QTensor.codes)

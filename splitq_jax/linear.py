@@ -9,7 +9,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from splitq_jax.kernels import api, sharding
+from splitq_jax.kernels import api
 from splitq_jax.qtensor import QTensor
 from splitq_jax.site import RoundedSplit, TrainableSplit, round_weights, rounded_linear
 from splitq_jax.transforms import Transform
@@ -51,7 +51,6 @@ class SplitWeight:
       mac: ``Q(U_c)``, ``Q(V_c)`` or None.
       mac_tokens: the tokens that MAC serves.
       residual_bits: bits of MAC's activation residual.
-      axis: the mesh axis over which the output channels are cut (see `splitq_jax.kernels.sharding`); None: not at all.
     """
 
     perm: Int[Array, " D"] | None
@@ -60,7 +59,6 @@ class SplitWeight:
     mac: Branch | None
     mac_tokens: str = struct.field(pytree_node=False)
     residual_bits: int = struct.field(pytree_node=False)
-    axis: str | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,8 +103,7 @@ def linear(x: Float[Array, "*B D"], w: Any, is_text: Bool[Array, "*B"] | None = 
 def split_linear(x: Float[Array, "*B D"], w: SplitWeight, is_text: Bool[Array, "*B"] | None) -> Float[Array, "*B N"]:
     """Multiply tokens by packed codes: ``Y = Y_m + Y_t + Y_v`` (arXiv 2605.19929, eq. 6, 8, 10), by the kernels of the platform."""
     mask = None if is_text is None else is_text.reshape(-1)
-    tokens = x.reshape(-1, x.shape[-1])
-    y = api.split_matmul(tokens, w, mask) if w.axis is None else sharding.multiply(tokens, w, mask)
+    y = api.split_matmul(x.reshape(-1, x.shape[-1]), w, mask)
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 

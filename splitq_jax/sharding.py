@@ -1,12 +1,15 @@
 """Where parameters lie on a mesh: a leaf's path gives its logical axes, and a logical axis its mesh axis.
 
 Weights are split twice: over ``tensor`` along the heads, the hidden units or the vocabulary, over ``fsdp`` along the model's width.
-``data`` is the batch's, over which parameters are repeated. What the mesh does not divide is repeated too.
+Packed codes are split over both along their columns, the output channels: a product then sums nothing over devices and is the same to
+the last bit. ``data`` is the batch's, over which parameters are repeated. What the mesh does not divide is repeated too.
 """
 
 import math
 import mmap
 import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -18,7 +21,14 @@ from splitq_jax.errors import InputError
 Axes = tuple[str | None, ...]
 
 AXES = ("data", "fsdp", "tensor")
-MESH_AXES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+MESH_AXES = {
+    "batch": ("data",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "columns": ("tensor", "fsdp"),
+}
 
 # a leaf's path (the first pattern that matches) → its logical axes; what matches nothing is small and repeated
 LOGICAL_AXES: tuple[tuple[str, Axes], ...] = (
@@ -31,12 +41,13 @@ LOGICAL_AXES: tuple[tuple[str, Axes], ...] = (
     (r".*/(gate_up|gate|up|fc1)/bias", ("mlp",)),
     (r".*/kernel", ("embed", "mlp")),
 )
-# the arrays of a typed leaf in a kernel's place: 0 and 1 are the kernel's inputs and outputs; channel orders, transforms and clips
-# are small and repeated
-INSIDE: tuple[tuple[str, tuple[int | None, ...]], ...] = (
-    (r"(groups/\d+/)?w(/words/\d+|/scale)?", (0, 1)),  # packed words lie along the inputs
-    (r"(cws|mac)/u(/words/\d+|/scale)?|a", (0, None)),
-    (r"(cws|mac)/v(/words/\d+|/scale)?|b|groups/\d+/w_clip", (None, 1)),
+# the arrays of a typed leaf in a kernel's place. Under calibration they are floats, whose 0 and 1 are the kernel's inputs and outputs; of
+# packed codes (`QTensor`) only the columns are split. Channel orders, transforms and clips are small and repeated
+INSIDE: tuple[tuple[str, tuple[int | str | None, ...]], ...] = (
+    (r"w", (0, 1)),
+    (r"(cws|mac)/u|a", (0, None)),
+    (r"(cws|mac)/v|b|groups/\d+/w_clip", (None, 1)),
+    (r"(groups/\d+/w|(cws|mac)/v)/(words/\d+|scale)", (None, "columns")),
 )
 
 
@@ -48,16 +59,23 @@ def logical_axes(path: str) -> Axes:
     if not inside:
         return axes
     ends = next((ends for pattern, ends in INSIDE if re.fullmatch(pattern, inside)), ())
-    return tuple(None if end is None else axes[end] for end in ends)
+    return tuple(axes[end] if isinstance(end, int) else end for end in ends)
+
+
+def mesh_axes(axis: str | None, size: int, sizes: Mapping[str, int]) -> str | tuple[str, ...] | None:
+    """Return the mesh axes over which a logical axis of ``size`` is split: all that it may be, or the first that divides it."""
+    names = tuple(name for name in MESH_AXES.get(axis or "", ()) if name in sizes)
+    for chosen in (names, *((name,) for name in names)):
+        if chosen and size % math.prod(sizes[name] for name in chosen) == 0:
+            return chosen if len(chosen) > 1 else chosen[0]
+    return None
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Return how a leaf is split over the mesh's axes."""
     axes = logical_axes(path)
-    names = [MESH_AXES.get(axis) if axis else None for axis in axes if len(axes) == len(shape)]
-    return PartitionSpec(
-        *(name if name in mesh.shape and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape, strict=False))
-    )
+    split = len(axes) == len(shape)
+    return PartitionSpec(*(mesh_axes(axis, size, mesh.shape) for axis, size in zip(axes, shape, strict=True)) if split else ())
 
 
 def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -84,6 +102,18 @@ def of(tree: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: sharding(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, mesh), tree
     )
+
+
+def mesh_of(params: Any) -> AbstractContextManager[Any]:
+    """Return the context of the mesh on which a tree lies (`jax.set_mesh`), in which the kernels find it; of none for one device.
+
+    A context that is there already is kept.
+    """
+    meshes = (leaf.sharding.mesh for leaf in jax.tree.leaves(params) if isinstance(getattr(leaf, "sharding", None), NamedSharding))
+    mesh = next(meshes, None)
+    if mesh is None or mesh.size == 1 or not jax.sharding.get_abstract_mesh().empty:
+        return nullcontext()
+    return jax.set_mesh(mesh)
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

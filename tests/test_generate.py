@@ -20,9 +20,10 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 import splitq_jax as sq
 from splitq_jax import calib, models
 from splitq_jax.errors import InputError
+from splitq_jax.kernels.layout import native
 from splitq_jax.mocd import SplitSize
 from splitq_jax.models import cache, sampling
-from splitq_jax.models.generate import _decoded, _round_up, advance, prefill
+from splitq_jax.models.generate import _round_up, advance, prefill
 from splitq_jax.models.llava import Llava, LlavaConfig
 from splitq_jax.models.sampling import Sampling
 from splitq_jax.qtensor import QTensor
@@ -144,7 +145,7 @@ def test_quantized_parameters() -> None:
     batch = batches[0] | {"attention_mask": np.ones((4, 14), bool)}
     batch["positions"] = np.broadcast_to(np.arange(14, dtype=np.int32)[None, :, None], (4, 14, 1))
     forward = jax.jit(lambda p: model.apply({"params": p}, **batch))
-    ahead = _decoded(quantized)
+    ahead = native(quantized)
     is_code = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
     for one, other in zip(*(jax.tree.leaves(tree, is_leaf=is_code) for tree in (ahead, quantized)), strict=True):
         if is_code(other) and other.scale is not None:

@@ -2,6 +2,8 @@
 
 import importlib
 import logging
+import re
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,10 +13,11 @@ import numpy as np
 import pytest
 
 from splitq_jax.errors import InputError
-from splitq_jax.kernels import api, operands, sharding
+from splitq_jax.kernels import api, operands
 from splitq_jax.linear import Branch, Group, SplitWeight, linear
 from splitq_jax.packing import TILE_ROWS, padded_rows, slab_rows
 from splitq_jax.qtensor import QTensor, quantize_groups, quantize_matrix
+from splitq_jax.sharding import of
 from splitq_jax.transforms import IDENTITY, Transform, factors, orthogonal
 
 BACKENDS = ["reference", *sorted(api.MODULES)]
@@ -416,17 +419,48 @@ def test_what_does_not_fit_is_named(caplog):
         assert_close(got, *numpy_product("reference", a, two_bits, None), jnp.bfloat16)
 
 
-def test_output_channels_over_devices():
-    """Every device computes its own channels: the same to the last bit, and each holds a quarter of the weight."""
+def placed_on(mesh, w):
+    return jax.device_put(w, of({"down": {"kernel": w}}, mesh)["down"]["kernel"])
+
+
+@pytest.mark.parametrize("backend", [None, "tpu"])
+def test_output_channels_over_devices(backend):
+    """Every device computes its own channels: the same to the last bit, each holds a quarter of the weight and nothing is gathered."""
     w = site_of(13, 576, 256, (4, 4), side=8, ranks=(11, 17))
     x, text = tokens_of(13, 6, 576, jnp.float32), mask_of("mixed", 6)
-    whole = jax.jit(linear)(x, w, text)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    marked = sharding.by_columns(w, "model", 4)
-    placed = jax.tree.map(lambda a, s: jax.device_put(a, jax.sharding.NamedSharding(mesh, s)), marked, sharding.specs(marked))
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    placed = placed_on(mesh, w)
     assert placed.groups[0].w.words[0].sharding.shard_shape((70, 256)) == (70, 64)
+    product = jax.jit(partial(api.split_matmul, backend=backend))
+    whole = product(x, w, text)
     with jax.set_mesh(mesh):
-        cut = jax.jit(linear)(x, placed, text)
+        cut = product(x, placed, text)
+        program = product.lower(x, placed, text).compile().as_text()
     assert (np.asarray(cut) == np.asarray(whole)).all() and cut.sharding.shard_shape(cut.shape) == (6, 64)
-    with pytest.raises(InputError, match="divisor"):
-        sharding.by_columns(w, "model", 7)
+    assert backend or not re.search("all-gather|all-reduce|all-to-all|permute", program)
+
+
+def test_tokens_and_output_channels_over_devices():
+    """Over two axes at once, at every step of the API and where the mesh does not divide the channels."""
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    for columns, share in ((256, 64), (250, 250)):
+        w = site_of(14, 576, columns, (4, 4), side=8, ranks=(11, 17))
+        x, text = tokens_of(14, 128, 576, jnp.float32), mask_of("mixed", 128)
+        bias = jnp.arange(columns, dtype=jnp.float32)
+
+        def both(x, text, w, bias):
+            return api.quantized_matmul(api.quantize_activations(x, w, text), w, bias, dtype=jnp.float32)
+
+        args = jax.device_put(x, rows), jax.device_put(text, rows), placed_on(mesh, w), bias
+        whole = jax.jit(both)(x, text, w, bias)
+        with jax.set_mesh(mesh):
+            cut = jax.jit(both)(*args)
+        assert cut.sharding.shard_shape(cut.shape) == (64, share)
+        assert np.abs(np.asarray(cut) - np.asarray(whole)).max() <= ACCUMULATION * np.abs(np.asarray(whole)).max()
+        only = w.groups[0].w
+        weight_only = jax.jit(partial(api.weight_only_matmul, dtype=jnp.float32))
+        whole = weight_only(x[:, : only.rows], only, bias)
+        with jax.set_mesh(mesh):
+            cut = weight_only(args[0][:, : only.rows], args[2].groups[0].w, bias)
+        assert np.abs(np.asarray(cut) - np.asarray(whole)).max() <= ACCUMULATION * np.abs(np.asarray(whole)).max()

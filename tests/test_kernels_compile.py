@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from tpu_targets import HAS_LIBTPU, SIZES, VMEM, activations, array, compile_for, matrix, products, site, sites_of
 
-from splitq_jax.kernels import api, sharding, tiles, tpu
-from splitq_jax.linear import SplitWeight
+from splitq_jax import sharding
+from splitq_jax.kernels import api, tiles, tpu
 from splitq_jax.models.cache import KVCache
 from splitq_jax.models.generate import State, advance
 from splitq_jax.models.llava import Llava, LlavaConfig
@@ -117,8 +117,6 @@ def test_decoder_step(over):
     shapes = {path: leaf.shape for path, leaf in kernels(params).items() if path.startswith("decoder/blocks_")}
     assert sorted(set(shapes.values())) == sorted(sites_of("LLaVA-7B").values())
     sites = {path: site(*shape, (4, 4)) for path, shape in shapes.items()}
-    if over > 1:
-        sites = {path: sharding.by_columns(w, "x", over) for path, w in sites.items()}
     params = replace_kernels(params, sites)
     text = config.text
     cache = array((rows, room, text.num_kv_heads, text.head_dim), "bfloat16")
@@ -132,21 +130,19 @@ def test_decoder_step(over):
         key=jax.eval_shape(lambda: jax.random.key(0)),
     )
 
-    def cut(leaf):
-        return (
-            sharding.specs(leaf) if isinstance(leaf, SplitWeight) and leaf.axis else jax.tree.map(lambda _: PartitionSpec(), leaf)
-        )
-
     args = (params, state, array((1,), "int32"), array((), "int32"))
-    specs = jax.tree.map(cut, args, is_leaf=lambda leaf: isinstance(leaf, SplitWeight))
+    mesh = jax.make_mesh((over,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:over])
+    whole = jax.tree.map(lambda _: PartitionSpec(), args[1:])
+    specs = (jax.tree.map(lambda place: place.spec, sharding.of(params, mesh)), *whole)
     compiled, program = compile_for(
         "v6e", lambda p, s, stops, until: advance(model, p, s, Sampling(), stops, until), *args, specs=specs, over=over, donate=1
     )
     assert "s4" in products(program)
     size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))  # noqa: E731
-    quantized = size(list(sites.values()))
-    # each device holds its share of the quantized weights and all of the rest; tiles of narrow arrays are padded
-    assert compiled.memory_analysis().argument_size_in_bytes < 1.3 * quantized / over + 1.05 * (size(args) - quantized)
+    held = jax.tree.map(lambda a, place: array(place.shard_shape(a.shape), a.dtype), params, sharding.of(params, mesh))
+    quantized = size(list(kernels(held["decoder"]).values()))
+    # each device holds its share and no more; tiles of narrow arrays are padded
+    assert compiled.memory_analysis().argument_size_in_bytes < 1.3 * quantized + 1.05 * (size(held) - quantized + size(args[1:]))
     # the loop holds the caches once more, in the layout that it likes; one copied or decoded weight would be more
     limit = size(state.caches) * 1.02 + max(w.groups[0].w.words[0].size * 4 for w in sites.values())
     assert compiled.memory_analysis().temp_size_in_bytes < limit

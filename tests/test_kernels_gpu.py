@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from test_kernels import ACCUMULATION, assert_close, mask_of, site_of, tokens_of
 
-from splitq_jax.kernels import api, gpu, gpu_kernel, hopper, sharding
+from splitq_jax.kernels import api, gpu, gpu_kernel, hopper
 from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, fragment_rows, pack_fragments, unpack_fragments
 from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
 from splitq_jax.kernels.gpu_tile import Operands, Tile, Work
+from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
 from splitq_jax.qtensor import quantize_groups
+from splitq_jax.sharding import of
 
 SCHEMES = [(bits, elements) for bits in PLANES for elements in (4, 2)]
 
@@ -118,15 +120,16 @@ def test_relayout_keeps_the_weight():
 
 
 def test_a_laid_out_site_over_devices():
-    site = gpu.relayout(site_of(13, 576, 256, (3, 4), side=8, ranks=(11, 17)))
+    """The shares stay where they were; each is laid out by itself."""
+    site = site_of(13, 576, 256, (3, 4), side=8, ranks=(11, 17))
     x, text = tokens_of(13, 6, 576, jnp.float32), mask_of("mixed", 6)
     whole = jax.jit(linear)(x, site, text)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    marked = sharding.by_columns(site, "model", 4)
-    placed = jax.tree.map(lambda a, s: jax.device_put(a, jax.sharding.NamedSharding(mesh, s)), marked, sharding.specs(marked))
+    mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    placed = native(jax.device_put(site, of({"down": {"kernel": site}}, mesh)["down"]["kernel"]), "gpu")
     assert [p.sharding.shard_shape(p.shape)[0] for p in placed.groups[0].w.words] == [64, 64]
     with jax.set_mesh(mesh):
         cut = jax.jit(linear)(x, placed, text)
+    assert cut.sharding.shard_shape(cut.shape) == (6, 64)
     # XLA on CPU reads a transposed matrix of another width in another order: float32 sums differ in their last bits
     assert (np.abs(np.asarray(cut) - np.asarray(whole)) <= ACCUMULATION * np.abs(np.asarray(whole)).max(1, keepdims=True)).all()
 

@@ -325,5 +325,6 @@ def test_no_model_is_held_twice(way: str, whole: Path, large: tuple[Path, int, i
     code = PROCESS.replace("WAY", WAYS[way])
     done = subprocess.run([sys.executable, "-c", code, whole, folder, tmp_path], stdout=subprocess.PIPE, text=True, check=True)
     held = int(done.stdout.split()[-1])
-    assert held <= size + leaf + SLACK
+    late = leaf if "mesh" in way else 0  # what devices copied is let go some time later, when the next leaf is there
+    assert held <= size + leaf + late + SLACK
     assert way == "convert" or held > 0.9 * size  # so it was measured

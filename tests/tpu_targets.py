@@ -77,7 +77,7 @@ def compile_for(
 ) -> tuple[Any, str]:
     """Compile for ``over`` chips, the arguments cut as ``specs`` say (None: whole); return executable and the kernels' final programs."""
     DUMP.mkdir(exist_ok=True)
-    with target(chip, {"x": over}) as mesh:
+    with target(chip, {"tensor": over}) as mesh:
         specs = jax.tree.map(lambda _: jax.sharding.PartitionSpec(), args) if specs is None else specs
 
         def placed(a: Any, spec: Any) -> Any:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from splitq_jax.errors import InputError
 from splitq_jax.kernels import reference
 from splitq_jax.kernels.operands import Activations, side_width
+from splitq_jax.kernels.sharding import over_devices
 from splitq_jax.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -58,14 +59,15 @@ def split_matmul(
     """
     out = jnp.dtype(dtype or x.dtype)
 
-    def on(run: _Run, x: Array, w: SplitWeight, is_text: Array | None, bias: Array | None) -> Array:
+    def on(run: _Run, tokens: tuple[Array, Array | None], w: SplitWeight, bias: Array | None) -> Array:
+        x, is_text = tokens
         if x.shape[0] <= DECODE_TOKENS:
             return run("decode_matmul", w, x.shape[0])(x, w, is_text, bias, dtype=out)
         # side's type is the backend's own: it stays inside
         a = run("quantize_activations", w, x.shape[0])(x, w, is_text)
         return run("quantized_matmul", w, x.shape[0])(a, w, bias, dtype=out)
 
-    return _dispatch(on, backend, x, w, is_text, bias)
+    return _dispatch(on, backend, (x, is_text), w, bias)
 
 
 def quantize_activations(
@@ -84,12 +86,13 @@ def quantize_activations(
     """
     side = jnp.float32 if backend == "reference" else jnp.bfloat16
 
-    def on(run: _Run, x: Array, w: SplitWeight, is_text: Array | None) -> Activations:
+    def on(run: _Run, tokens: tuple[Array, Array | None], w: SplitWeight, _: None) -> Activations:
+        x, is_text = tokens
         a: Activations = run("quantize_activations", w, x.shape[0])(x, w, is_text)
         values = a.values if a.scale is None else a.values.astype(jnp.int8)  # int4 stays inside a backend
         return a._replace(values=values, side=None if a.side is None else a.side.astype(side))
 
-    prepared: Activations = _dispatch(on, backend, x, w, is_text)
+    prepared: Activations = _dispatch(on, backend, (x, is_text), w, None, columns=False)
     return prepared
 
 
@@ -109,7 +112,12 @@ def quantized_matmul(
     width = 0 if a.side is None else a.side.shape[1]
     if width != side_width(w):
         raise InputError(f"quantized_matmul: the side operand has {width} columns, the site's has {side_width(w)}")
-    return _dispatch(_job("quantized_matmul", dtype, w, a.values.shape[0]), backend, a, w, bias)
+
+    def on(run: _Run, a: Activations, w: SplitWeight, bias: Array | None) -> Array:
+        product: Array = run("quantized_matmul", w, a.values.shape[0])(a, w, bias, dtype=jnp.dtype(dtype))
+        return product
+
+    return _dispatch(on, backend, a, w, bias)
 
 
 def decode_matmul(
@@ -126,7 +134,13 @@ def decode_matmul(
     Raises:
       InputError: an unknown backend.
     """
-    return _dispatch(_job("decode_matmul", dtype or x.dtype, w, x.shape[0]), backend, x, w, is_text, bias)
+
+    def on(run: _Run, tokens: tuple[Array, Array | None], w: SplitWeight, bias: Array | None) -> Array:
+        x, is_text = tokens
+        product: Array = run("decode_matmul", w, x.shape[0])(x, w, is_text, bias, dtype=jnp.dtype(dtype or x.dtype))
+        return product
+
+    return _dispatch(on, backend, (x, is_text), w, bias)
 
 
 def weight_only_matmul(
@@ -144,17 +158,27 @@ def weight_only_matmul(
     """
     if x.shape[1] != w.rows:
         raise InputError(f"weight_only_matmul: tokens of {x.shape[1]} channels, a weight of {w.rows} rows")
-    return _dispatch(_job("weight_only_matmul", dtype or x.dtype, w, x.shape[0]), backend, x, w, bias)
+
+    def on(run: _Run, x: Array, w: QTensor, bias: Array | None) -> Array:
+        product: Array = run("weight_only_matmul", w, x.shape[0])(x, w, bias, dtype=jnp.dtype(dtype or x.dtype))
+        return product
+
+    return _dispatch(on, backend, x, w, bias)
 
 
-def _job(name: str, dtype: DTypeLike, w: SplitWeight | QTensor, tokens: int) -> Callable[..., Any]:
-    return lambda run, *args: run(name, w, tokens)(*args, dtype=jnp.dtype(dtype))
+def _dispatch(
+    on: Callable[..., Any], backend: Backend | None, tokens: Any, w: SplitWeight | QTensor, bias: Array | None, columns: bool = True
+) -> Any:
+    """Run ``on(run, tokens, w, bias)`` over the devices where those lie, on the backend asked for or on the platform's.
 
-
-def _dispatch(on: Callable[..., Any], backend: Backend | None, *args: Any) -> Any:
-    """Run ``on(run, *args)``, where ``run`` finds a backend's function of a job, on the backend asked for or on the platform's."""
+    ``run`` finds a backend's function of a job. ``columns``: see `over_devices`.
+    """
     if backend not in (None, "reference", *PLATFORMS):
         raise InputError(f"backend {backend!r}; expected None, 'reference', {', '.join(map(repr, PLATFORMS))}")
+    return over_devices(partial(_on_platform, on, backend), tokens, w, bias, columns)
+
+
+def _on_platform(on: Callable[..., Any], backend: Backend | None, *args: Any) -> Any:
     on_reference = partial(on, _reference)
     if backend == "reference":
         return on_reference(*args)

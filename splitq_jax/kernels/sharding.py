@@ -1,72 +1,70 @@
-"""Quantized weights over several devices: each holds a share of the output channels.
+"""Products over several devices: each computes its own tokens and output channels, for XLA cannot cut a kernel by itself.
 
-A site's codes, scales and the narrow weights are cut along N; transforms, permutation and ``U`` are small and whole on every device.
-Every device quantizes all tokens and computes its own output channels, so nothing is summed over devices and the result is the same
-to the last bit. What follows (heads of attention, gate times up) may stay cut along the same channels.
+The mesh is the context's (`jax.set_mesh`), its axes are those of `splitq_jax.sharding`: tokens are cut over ``data``, output channels
+over ``tensor`` and ``fsdp``. Every device quantizes its tokens, and nothing is summed over devices. Transforms, permutation and ``U``
+are small and whole on every device; what lies otherwise is gathered.
 """
 
-import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array, Float
 
-from splitq_jax.errors import InputError
-from splitq_jax.kernels import api
 from splitq_jax.qtensor import QTensor
+from splitq_jax.sharding import mesh_axes
 
 if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
 else:
     SplitWeight = Any
 
+WHOLE = PartitionSpec()
 
-def by_columns(w: SplitWeight, axis: str, devices: int) -> SplitWeight:
-    """Return the site marked to be cut along its output channels over an axis of the context's mesh (`jax.set_mesh`).
+
+def over_devices(
+    function: Callable[..., Any], tokens: Any, w: SplitWeight | QTensor, bias: Float[Array, " N"] | None, columns: bool
+) -> Any:
+    """Return ``function(tokens, w, bias)``, each device of the context's mesh computing its part.
 
     Args:
-      w: the site.
-      axis: the mesh axis.
-      devices: the size of the axis.
-
-    Raises:
-      InputError: a number of devices that does not divide the output channels.
+      function: of arrays with fewer tokens and columns it gives those tokens and columns.
+      tokens: a tree of arrays whose first axis is the tokens'.
+      w: the weight.
+      bias: of the output channels, or None.
+      columns: whether the results' second axis is the output channels'; else the weight is whole on every device.
     """
-    columns = w.shape[1]
-    if columns % devices:
-        raise InputError(f"{columns} output channels over {devices} devices of axis {axis!r}: choose a divisor")
-    return dataclasses.replace(w, axis=axis)
+    mesh = jax.sharding.get_abstract_mesh()
+    # within a shard_map all devices have their parts already
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    free = {name: mesh.shape[name] for name, kind in kinds if kind is not AxisType.Manual}
+    if all(size == 1 for size in free.values()):
+        return function(tokens, w, bias)
+    rows = mesh_axes("batch", jax.tree.leaves(tokens)[0].shape[0], free)
+    cut = mesh_axes("columns", w.shape[1], free) if columns else None
+    product: Any = jax.shard_map(
+        function,
+        in_specs=(PartitionSpec(rows), _specs(w, cut), PartitionSpec(cut)),
+        out_specs=PartitionSpec(rows, cut) if columns else PartitionSpec(rows),
+        axis_names=set(free),
+        check_vma=False,
+    )(tokens, w, bias)
+    return product
 
 
-def specs(w: SplitWeight) -> SplitWeight:
-    """Return how each array of a marked site is cut: a tree of `PartitionSpec` like the site."""
-    cut, whole = PartitionSpec(None, w.axis), PartitionSpec()
+def _specs(w: SplitWeight | QTensor, cut: Any) -> Any:
+    """Return how each array of a weight is cut, its columns over the axes ``cut``."""
 
     def matrix(q: QTensor) -> QTensor:
-        words = (PartitionSpec(w.axis, None) if q.elements else cut,) * len(q.words)
+        words = (PartitionSpec(cut, None) if q.elements else PartitionSpec(None, cut),) * len(q.words)
         by_row = q.scale is None or q.scale.shape[1] == 1
-        return dataclasses.replace(q, words=words, scale=None if q.scale is None else whole if by_row else cut)
+        return replace(q, words=words, scale=None if q.scale is None else WHOLE if by_row else PartitionSpec(None, cut))
 
-    uncut = jax.tree.map(lambda _: whole, w)
-    groups = tuple(dataclasses.replace(u, w=matrix(g.w)) for u, g in zip(uncut.groups, w.groups, strict=True))
-    cws, mac = (None if b is None else dataclasses.replace(u, v=matrix(b.v)) for u, b in ((uncut.cws, w.cws), (uncut.mac, w.mac)))
-    tree: SplitWeight = dataclasses.replace(uncut, groups=groups, cws=cws, mac=mac)
-    return tree
-
-
-def multiply(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None) -> Float[Array, "M N"]:
-    """Multiply tokens by a marked site: `api.split_matmul` of every device's channels."""
-
-    def local(x: Array, w: SplitWeight, is_text: Array | None) -> Array:
-        return api.split_matmul(x, w, is_text)
-
-    whole = PartitionSpec()
-    y: Array = jax.shard_map(
-        local,
-        in_specs=(whole, specs(w), None if is_text is None else whole),
-        out_specs=PartitionSpec(None, w.axis),
-        axis_names={w.axis},
-        check_vma=False,
-    )(x, w, is_text)
-    return y
+    if isinstance(w, QTensor):
+        return matrix(w)
+    uncut = jax.tree.map(lambda _: WHOLE, w)
+    groups = tuple(replace(u, w=matrix(g.w)) for u, g in zip(uncut.groups, w.groups, strict=True))
+    cws, mac = (None if b is None else replace(u, v=matrix(b.v)) for u, b in ((uncut.cws, w.cws), (uncut.mac, w.mac)))
+    return replace(uncut, groups=groups, cws=cws, mac=mac)
