@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from splitq_jax.errors import InputError
 from splitq_jax.linear import linear
 
+SCORES = 1 << 27  # of an attention that are held at once: 0.5 GB in float32
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
@@ -151,15 +152,38 @@ def attend(
     q: Float[Array, "B L H d"],
     k: Float[Array, "B S G d"],
     v: Float[Array, "B S G d"],
-    mask: Bool[Array, "B 1 L S"] | None,
+    mask: Bool[Array, "#B 1 #L S"] | None,
     scale: float | None = None,
 ) -> Float[Array, "B L D"]:
-    """Attention with H query heads over G key/value heads; softmax in float32; ``scale`` is ``d^-1/2`` unless given."""
+    """Attention with H query heads over G key/value heads; softmax in float32; ``scale`` is ``d^-1/2`` unless given.
+
+    Queries take turns where all scores at once would be more than `SCORES`: those of a large image or a long prompt.
+    """
     batch, length, heads, size = q.shape
-    groups = k.shape[2]
-    grouped = q.reshape(batch, length, groups, heads // groups, size)
-    scores = jnp.einsum("blgrd,bsgd->bgrls", grouped, k).astype(jnp.float32) * (size**-0.5 if scale is None else scale)
-    if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, np.finfo(np.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgrls,bsgd->blgrd", weights, v).reshape(batch, length, heads * size)
+    grouped = q.reshape(batch, length, k.shape[2], -1, size)
+    factor = size**-0.5 if scale is None else scale
+
+    def some(q: Float[Array, "B l G r d"], mask: Bool[Array, "#B 1 #l S"] | None) -> Float[Array, "B l G r d"]:
+        scores = jnp.einsum("blgrd,bsgd->bgrls", q, k).astype(jnp.float32) * factor
+        if mask is not None:
+            scores = jnp.where(mask[:, :, None], scores, np.finfo(np.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bgrls,bsgd->blgrd", weights, v)
+
+    turns = -(-batch * heads * length * k.shape[1] // SCORES)
+    if turns <= 1:
+        return some(grouped, mask).reshape(batch, length, heads * size)
+    share = -(-length // turns)
+
+    def cut(array: Array, axis: int) -> Array:
+        """Bring the turns to the front, the last one filled up."""
+        widths = [(0, turns * share - length if i == axis else 0) for i in range(array.ndim)]
+        shape = (*array.shape[:axis], turns, share, *array.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(array, widths).reshape(shape), axis, 0)
+
+    turn = jax.checkpoint(some)  # gradients make the scores again instead of keeping them
+    if mask is not None and mask.shape[2] > 1:
+        parts = jax.lax.map(lambda part: turn(*part), (cut(grouped, 1), cut(mask, 2)))
+    else:
+        parts = jax.lax.map(lambda part: turn(part, mask), cut(grouped, 1))
+    return jnp.moveaxis(parts, 0, 1).reshape(batch, turns * share, heads * size)[:, :length]
