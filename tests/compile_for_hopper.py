@@ -7,6 +7,7 @@ import collections
 import glob
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import re
@@ -54,7 +55,7 @@ def census(sass: str) -> dict[str, int]:
 
 
 def main() -> int:
-    """Compile every case that the arguments name, all of them by default."""
+    """Compile every case that the arguments name."""
     root = toolkit()
     if not root or importlib.util.find_spec("jax_cuda13_plugin") is None:
         print("jax[cuda13], nvidia-cuda-nvdisasm and ptxas are not installed")
@@ -66,14 +67,25 @@ def main() -> int:
     )  # fmt: skip
     import jax
     import jax.numpy as jnp
+    import numpy as np
+    from decoder_step import decoder_step
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+    from tpu_targets import array
 
+    from splitq_jax import sharding
+    from splitq_jax.kernels import gpu
     from splitq_jax.kernels.fragment import PLANES
     from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
     from splitq_jax.kernels.gpu_tile import Operands
+    from splitq_jax.linear import SplitWeight
+    from splitq_jax.models.generate import advance
+    from splitq_jax.models.sampling import Sampling
 
-    device = topologies.get_topology_desc("", "cuda", target_config=DEVICE, topology="1x1x1").devices[0]
+    def devices(count: int) -> list:
+        return topologies.get_topology_desc("", "cuda", target_config=DEVICE, topology=f"1x1x{count}").devices
+
+    device = devices(1)[0]
 
     def shape(dims, dtype):
         return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=SingleDeviceSharding(device))
@@ -113,8 +125,47 @@ def main() -> int:
             "sass": census(sass),
         }
 
+    def compile_step(over: int) -> dict:
+        """One token a row through quantized blocks of a 7B model, their output channels shared by ``over`` GPUs."""
+        mesh = Mesh(np.array(devices(over)), ("tensor",), axis_types=(AxisType.Auto,))
+        model, params, state = decoder_step()
+
+        def placed(leaf, place):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        def laid(site, places):
+            """The order of `layout.native`, in which words lie along their output channels."""
+            if not isinstance(site, SplitWeight):
+                return placed(site, places)
+            words = {id(a) for q in (*[g.w for g in site.groups], site.cws.v, site.mac.v) for a in q.words}
+            turned = NamedSharding(mesh, PartitionSpec("tensor", None))
+            places = [turned if id(a) in words else p for a, p in zip(jax.tree.leaves(site), jax.tree.leaves(places), strict=True)]
+            leaves, tree = jax.tree.flatten(jax.eval_shape(gpu.relayout, site))
+            return tree.unflatten(map(placed, leaves, places))
+
+        is_site = lambda leaf: isinstance(leaf, SplitWeight)  # noqa: E731
+        params = jax.tree.map(laid, params, sharding.of(params, mesh), is_leaf=is_site)
+        rest = (state, array((1,), "int32"), array((), "int32"))
+        args = (params, *jax.tree.map(lambda a: placed(a, NamedSharding(mesh, PartitionSpec())), rest))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            step = jax.jit(lambda p, s, stops, until: advance(model, p, s, Sampling(), stops, until), donate_argnums=1)
+            compiled = step.trace(*args).lower(lowering_platforms=("cuda",)).compile()
+        kernels, program = [w for w in jax.tree.leaves(params, is_leaf=is_site) if is_site(w)], compiled.as_text()
+        moved = re.findall(r"\w+\[([\d,]*)\]\S* (?:all-\w+|collective-permute|reduce-scatter)(?:-done)?\(", program)
+        return {
+            "sites": len(kernels),
+            "kernels": len(re.findall(r'custom_call_target="mosaic_gpu[^"]*"', program)),
+            "moved": max((math.prod(map(int, filter(None, shape.split(",")))) for shape in moved), default=0),
+            "temporary": compiled.memory_analysis().temp_size_in_bytes,
+            "weight": max(w.groups[0].w.words[0].size * 4 for w in kernels),
+            "caches": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.caches)),
+        }
+
     out = {}
     for case in sys.argv[1:]:
+        if case.startswith("step"):
+            out[case] = compile_step(int(case.split()[1]))
+            continue
         kind, *site, m = case.split()
         out[case] = compile_case(kind, " ".join(site), int(m))
         print(case, out[case]["tile"], out[case]["registers"], out[case]["spilled"], out[case]["sass"], file=sys.stderr, flush=True)

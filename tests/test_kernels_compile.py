@@ -3,16 +3,16 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from decoder_step import decoder_step
 from jax.sharding import AxisType, PartitionSpec
 from tpu_targets import HAS_LIBTPU, SIZES, VMEM, activations, array, compile_for, matrix, products, site, sites_of
 
 from splitq_jax import sharding
 from splitq_jax.kernels import api, tiles, tpu
-from splitq_jax.models.cache import KVCache
-from splitq_jax.models.generate import State, advance
-from splitq_jax.models.llava import Llava, LlavaConfig
+from splitq_jax.linear import SplitWeight
+from splitq_jax.models.generate import advance
 from splitq_jax.models.sampling import Sampling
-from splitq_jax.quantization import kernels, replace_kernels
+from splitq_jax.quantization import kernels
 
 pytestmark = [pytest.mark.tpu_compile, pytest.mark.skipif(not HAS_LIBTPU, reason="libtpu is not installed")]
 
@@ -108,28 +108,7 @@ def test_tiles_fit(chip):
 @pytest.mark.parametrize("over", [1, 4])
 def test_decoder_step(over):
     """One token a row through quantized blocks of a 7B model, on one device and cut over four: the kernels are inside."""
-    layers, rows, room = 2, 16, 1024
-    config = LlavaConfig.from_hf({"model_type": "llava", "text_config": {"num_hidden_layers": layers}})
-    model = Llava(config)
-    ids, pixels = array((1, 600), "int32"), array((1, 3, 336, 336), "float32")
-    params = jax.eval_shape(lambda i, p: model.init(jax.random.key(0), i, pixel_values=p), ids, pixels)["params"]
-    params = jax.tree.map(lambda a: array(a.shape, "bfloat16"), params)
-    shapes = {path: leaf.shape for path, leaf in kernels(params).items() if path.startswith("decoder/blocks_")}
-    assert sorted(set(shapes.values())) == sorted(sites_of("LLaVA-7B").values())
-    sites = {path: site(*shape, (4, 4)) for path, shape in shapes.items()}
-    params = replace_kernels(params, sites)
-    text = config.text
-    cache = array((rows, room, text.num_kv_heads, text.head_dim), "bfloat16")
-    state = State(
-        caches=[KVCache(cache, cache)] * layers,
-        used=array((rows, room), "bool"),
-        tokens=array((rows, room), "int32"),
-        at=array((), "int32"),
-        turns=array((rows, 1), "int32"),
-        ended=array((rows,), "bool"),
-        key=jax.eval_shape(lambda: jax.random.key(0)),
-    )
-
+    model, params, state = decoder_step()
     args = (params, state, array((1,), "int32"), array((), "int32"))
     mesh = jax.make_mesh((over,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:over])
     whole = jax.tree.map(lambda _: PartitionSpec(), args[1:])
@@ -144,5 +123,6 @@ def test_decoder_step(over):
     # each device holds its share and no more; tiles of narrow arrays are padded
     assert compiled.memory_analysis().argument_size_in_bytes < 1.3 * quantized + 1.05 * (size(held) - quantized + size(args[1:]))
     # the loop holds the caches once more, in the layout that it likes; one copied or decoded weight would be more
-    limit = size(state.caches) * 1.02 + max(w.groups[0].w.words[0].size * 4 for w in sites.values())
+    weights = [w for w in kernels(params["decoder"]).values() if isinstance(w, SplitWeight)]
+    limit = size(state.caches) * 1.02 + max(w.groups[0].w.words[0].size * 4 for w in weights)
     assert compiled.memory_analysis().temp_size_in_bytes < limit

@@ -245,12 +245,15 @@ def test_every_kind_of_tile(name):
         assert_close(got, value, magnitude, dtype)
 
 
+STEPS = ["step 1", "step 4"]  # a decoder step on so many GPUs
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """What the CUDA compiler makes of the kernels, by case; skipped where its wheels are not."""
     script = Path(__file__).with_name("compile_for_hopper.py")
     env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    done = subprocess.run([sys.executable, str(script), *CASES], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run([sys.executable, str(script), *CASES, *STEPS], capture_output=True, text=True, env=env, check=False)
     if done.returncode == 77:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr[-3000:]
@@ -286,3 +289,14 @@ def test_compiled_for_hopper(compiled, case):
     assert sum(n for op, n in sass.items() if op.startswith("I2F")) == (got["accumulators"] if integer else 0)
     # nor do bytes move about: what is permuted is the result on its way out, two 16-bit values a register
     assert sass.get("PRMT", 0) <= got["accumulators"] // 2 + 8
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STEPS)
+def test_a_decoder_step_compiled_for_hopper(compiled, case):
+    """A kernel for every site of two blocks, no copy of the caches or of the weights, and between GPUs only the tokens move."""
+    got = compiled[case]
+    assert got["sites"] == got["kernels"] == 8
+    assert got["temporary"] < 2 * got["weight"] < got["caches"]
+    assert (got["moved"] > 0) == (case != "step 1") and got["moved"] <= 16 * 11008
