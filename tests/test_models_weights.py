@@ -318,6 +318,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     return folder, size, 2 * max(math.prod(source.shape) for source in model_of(config).table().values())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's largest size")
 @pytest.mark.parametrize("way", WAYS)
 def test_no_model_is_held_twice(way: str, whole: Path, large: tuple[Path, int, int], tmp_path: Path) -> None:
