@@ -64,16 +64,20 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
     Raises:
       InputError: no batch at all.
     """
-    run = jax.jit(lambda p, b: model.apply({"params": p}, **b, method="embed"))
     outer = {name: child for name, child in params.items() if name != "decoder"}
     outer["decoder"] = {k: v for k, v in params["decoder"].items() if not k.startswith("blocks_")}
     empty = True
     for batch in batches:
         empty = False
-        out = jax.tree.map(np.asarray, run(outer, model.prepare(batch)))
+        out = jax.tree.map(np.asarray, _embed(model, outer, model.prepare(batch)))
         yield Hidden(out.x, out.context)
     if empty:
         raise InputError("calibration: the set is empty; give at least one image with a question and an answer")
+
+
+@partial(jax.jit, static_argnums=0)  # compiled once, however often a calibration set is read
+def _embed(model: Any, params: Params, batch: Batch) -> Any:
+    return model.apply({"params": params}, **batch, method="embed")
 
 
 def sharded(fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:

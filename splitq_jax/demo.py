@@ -52,7 +52,7 @@ class DemoConfig:
     scheme: str = "w4a4"
     method: str = "splitq"
     effort: str = "light"
-    limit: int = 300
+    limit: int = 200
     size: str = "demo"
     samples: int = 128
     seed: int = 0
