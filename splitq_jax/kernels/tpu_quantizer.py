@@ -1,0 +1,128 @@
+"""In a TPU kernel: tokens that XLA has transformed become codes, steps and the narrow operand."""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from splitq_jax.kernels import tiles
+from splitq_jax.kernels.operands import mac_mask, row_scale, transformed, widen
+from splitq_jax.kernels.tpu_words import dot, expand, operand_type
+
+if TYPE_CHECKING:
+    from splitq_jax.linear import SplitWeight
+else:
+    SplitWeight = Any
+
+TINY = 1.1754943508222875e-38
+
+
+class Plan(NamedTuple):
+    """What the quantizer's body needs to know; the arrays come as references in the order of `plan_of`.
+
+    Attributes:
+      groups: (bits, has clips) of each group.
+      u: (bits of the codes, columns of ``side``) of CWS and of MAC, None for one that the site lacks.
+      residual_bits: of MAC's residual.
+      widths: columns of ``side`` of each side group.
+      operand: the type in which codes meet ``U``.
+    """
+
+    groups: tuple[tuple[int, bool], ...]
+    u: tuple[tuple[int, int] | None, tuple[int, int] | None]
+    residual_bits: int
+    widths: tuple[int, ...]
+    operand: Any
+
+
+def plan_of(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None) -> tuple[Plan, list[Array], list[Array]]:
+    """Return the plan, the arrays with a row per token, and the others."""
+    by_token = list(transformed(x, w))
+    main = w.groups[0]
+    by_token[0] = widen(by_token[0], main.w.padded_rows)
+    others = [g.a_clip[None, :] for g in w.groups if g.a_clip is not None]
+    us: list[tuple[int, int] | None] = []
+    for branch in (w.cws, w.mac):
+        us.append(None if branch is None else (branch.u.bits, branch.v.padded_rows))
+        if branch is not None:
+            rows = row_scale(branch.v)
+            others += [branch.u.words[0], branch.u.scale if rows is None else branch.u.scale * rows]
+    if w.mac is not None:
+        by_token.append(mac_mask(w, is_text, x.shape[0]))
+    groups = tuple((g.a_bits, g.a_clip is not None) for g in w.groups)
+    widths = tuple(g.w.padded_rows for g in w.groups[1:])
+    operand = operand_type(tiles.chip(), max(main.a_bits, w.residual_bits))
+    return Plan(groups, (us[0], us[1]), w.residual_bits, widths, operand), by_token, others
+
+
+def _quantize(plan: Plan, refs: list[Any], tokens: int, interpret: bool) -> tuple[Array, Array, list[tuple[int, Array]]]:
+    """Return int8 codes and steps of the main group, and the parts of ``side`` with the columns that they start at."""
+    xs = [ref[...] for ref in refs[: len(plan.groups)]]
+    mask = refs[len(plan.groups)][...] if plan.u[1] is not None else None
+    rest = iter(refs[len(plan.groups) + (mask is not None) :])
+    quantized = []
+    for x, (bits, has_clip) in zip(xs, plan.groups, strict=True):
+        quantized.append(_encode(x, bits, next(rest)[...] if has_clip else None))
+    codes, step = quantized[0]
+    parts: list[tuple[int, Array]] = []
+    at = 0
+    for (side_codes, side_step), width in zip(quantized[1:], plan.widths, strict=True):
+        parts.append((at, side_codes * side_step))
+        at += width
+    for i, u in enumerate(plan.u):
+        if u is None:
+            continue
+        words, scale = next(rest)[...], next(rest)[...]
+        values, value_step = (codes, step) if i == 0 else _encode(xs[0] - codes * step, plan.residual_bits, None)
+        operand = plan.operand if u[0] <= 4 else jnp.int8
+        narrow = dot(_as(values, operand), expand(words, u[0], operand), interpret).astype(jnp.float32) * scale * value_step
+        parts.append((at, narrow if i == 0 else narrow * mask))
+        at += u[1]
+    return codes, step, parts
+
+
+def _encode(x: Float[Array, "M K"], bits: int, clip: Float[Array, "1 2"] | None) -> tuple[Float[Array, "M K"], Float[Array, "M 1"]]:
+    """`numerics.scale_of` and `numerics.encode`; the codes stay floats."""
+    top = 2.0 ** (bits - 1) - 1
+    if clip is None:
+        absmax = jnp.max(jnp.abs(x), axis=1, keepdims=True)
+    else:
+        high = jnp.maximum(jnp.max(x, axis=1, keepdims=True), 0.0)
+        low = jnp.maximum(-jnp.min(x, axis=1, keepdims=True), 0.0)
+        absmax = jnp.maximum(clip[:, 0:1] * high, clip[:, 1:2] * low)
+    step = absmax / top
+    step = jnp.where(step > TINY, step, 1.0)
+    # one division a token instead of one a channel: a quotient may come out a rounding away, which moves exact ties only
+    return jnp.clip(jnp.round(x * (1.0 / step)), -top - 1, top), step
+
+
+def _as(codes: Float[Array, "M K"], dtype: Any) -> Array:
+    """Cast whole numbers."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return codes.astype(dtype)
+    return codes.astype(jnp.int32).astype(dtype)
+
+
+def _write_side(ref: Any, parts: list[tuple[int, Array]]) -> None:
+    ref[...] = jnp.zeros(ref.shape, ref.dtype)  # between the parts lie the columns that meet padding
+    for at, part in parts:
+        ref[:, at : at + part.shape[1]] = part.astype(ref.dtype)
+
+
+def body(plan: Plan, interpret: bool, ins: int, *refs: Any) -> None:
+    """Write codes, steps and ``side`` to memory: the kernel of `quantize_activations`."""
+    values, scale, *side = refs[ins:]
+    codes, step, parts = _quantize(plan, list(refs[:ins]), values.shape[0], interpret)
+    values[...] = _as(codes, values.dtype)
+    scale[...] = step
+    if parts:
+        _write_side(side[0], parts)
+
+
+def fill(plan: Plan, refs: list[Any], x_buffer: Any, step_ref: Any, side_ref: Any, interpret: bool) -> None:
+    """Leave codes, steps and ``side`` where the product finds them: the filler of `decode_matmul`."""
+    codes, step, parts = _quantize(plan, refs, x_buffer.shape[0], interpret)
+    x_buffer[...] = _as(codes, x_buffer.dtype)
+    step_ref[...] = step
+    if parts:
+        _write_side(side_ref, parts)
