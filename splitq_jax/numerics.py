@@ -33,7 +33,7 @@ def code_range(bits: Bits) -> tuple[Float[Array, ""], Float[Array, ""]]:
     return -half, half - 1
 
 
-def clipped_absmax(x: Float[Array, "*B"], clip: Float[Array, "2 *C"] | None, axis: int) -> Float[Array, "*B1"]:
+def clipped_absmax(x: Float[Array, "*B"], clip: Float[Array, " 2 *C"] | None, axis: int) -> Float[Array, "*B1"]:
     """Largest magnitude along ``axis`` (kept as 1), its positive and its negative side scaled by a clipping factor each.
 
     Args:
@@ -54,7 +54,7 @@ def _align(clip: Float[Array, "*C"], like: Float[Array, "*B1"]) -> Float[Array, 
     return clip.reshape((1,) * (like.ndim - clip.ndim) + clip.shape)
 
 
-def scale_of(x: Float[Array, "*B"], bits: Bits, clip: Float[Array, "2 *C"] | None = None, axis: int = -1) -> Float[Array, "*B1"]:
+def scale_of(x: Float[Array, "*B"], bits: Bits, clip: Float[Array, " 2 *C"] | None = None, axis: int = -1) -> Float[Array, "*B1"]:
     """Return the step between codes, ``clip * absmax / (2^(b-1) - 1)``; 1 where all entries are zero."""
     _, top = code_range(bits)
     absmax = clipped_absmax(x, clip, axis)
@@ -75,7 +75,7 @@ def round_through(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def fake_quantize(
-    x: Float[Array, "*B"], bits: Bits, clip: Float[Array, "2 *C"] | None = None, axis: int = -1
+    x: Float[Array, "*B"], bits: Bits, clip: Float[Array, " 2 *C"] | None = None, axis: int = -1
 ) -> Float[Array, "*B"]:
     """``decode(encode(x))`` as a differentiable function.
 

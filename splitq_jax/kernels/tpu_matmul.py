@@ -59,7 +59,7 @@ def matmul(
     words = widen(w.words[0], columns)
     rows = w.padded_rows
     stored, operand = stored_type(a_bits), operand_type(on, a_bits)
-    t = tiles.tiles(on, tokens, rows, columns, bytes_of(stored), w.bits / 8, bytes_of(operand))
+    t = tiles.tiles(on, tokens, rows, columns, bytes_of(stored, on), w.bits / 8, bytes_of(operand, on))
     if w.scale is None:
         raise TypeError("a weight without scales")
     r = sum(s.words.shape[0] * (32 // s.bits if s.bits < 8 else 1) for s in side)
