@@ -52,7 +52,7 @@ class DemoConfig:
     scheme: str = "w4a4"
     method: str = "splitq"
     effort: str = "light"
-    limit: int = 200
+    limit: int = 150  # one batch: more of them cost as much again
     size: str = "demo"
     samples: int = 128
     seed: int = 0
@@ -86,7 +86,7 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
     demo_model.build(config.size, out / "model", seed=config.model_seed, base=config.base)
     setup = Setup.open(out / "model", EasyVqa(out / "data"))
     test = setup.questions("test", config.limit or None)
-    samples, held_out = setup.calibration(config.samples, config.seed), setup.calibration(32, config.seed, "validation")
+    samples, held_out = setup.calibration(config.samples, config.seed), setup.calibration(16, config.seed, "validation")
     with progress_bar(console) as bar:
         reference = evaluation.evaluate(setup.model, setup.params, test, progress=bar, label="float: evaluating")
         rows = [result_row(reference, setup.params, "float", "float", config.seed, 0.0)]
