@@ -20,7 +20,7 @@ from rich.progress import Progress
 from splitq_jax.errors import InputError
 from splitq_jax.eval.metrics import kl_divergence, perplexity, wilson
 from splitq_jax.kernels.layout import native
-from splitq_jax.sharding import mesh_of
+from splitq_jax.sharding import on_mesh_of
 
 Batch = Mapping[str, np.ndarray]
 Params = dict[str, Any]
@@ -116,25 +116,25 @@ def evaluate(
     start = time.monotonic()
     total = len(batches) if isinstance(batches, Sized) else None
     task = None if progress is None else progress.add_task(label, total=total)
-    params = native(params)
-    outer = _outer(params)
     parts: list[dict[str, np.ndarray]] = []
     seen = 0
-    for number, batch in enumerate(batches):
-        rows = _answers(batch, number)
-        compared = None
-        if reference is not None:
-            compared = _reference_rows(reference, rows, seen, number)
-        with mesh_of(params):
+    with on_mesh_of(params):
+        params = native(params)
+        outer = _outer(params)
+        for number, batch in enumerate(batches):
+            rows = _answers(batch, number)
+            compared = None
+            if reference is not None:
+                compared = _reference_rows(reference, rows, seen, number)
             x = _forward(model, params, outer, batch)
             part = _score(model, outer, x, rows.at, rows.target, compared, reference and reference.outer)
-        kept = {k: np.asarray(v)[rows.used] for k, v in part.items()}  # T ...
-        if not np.isfinite(kept["log_prob"]).all():
-            raise InputError(f"evaluation: batch {number}: log-probabilities are not finite; check the weights and scales")
-        parts.append(kept | {"question": rows.question[rows.used], "target": rows.target[rows.used]})
-        seen += int(rows.used.sum())
-        if progress is not None and task is not None:
-            progress.advance(task)
+            kept = {k: np.asarray(v)[rows.used] for k, v in part.items()}  # T ...
+            if not np.isfinite(kept["log_prob"]).all():
+                raise InputError(f"evaluation: batch {number}: log-probabilities are not finite; check the weights and scales")
+            parts.append(kept | {"question": rows.question[rows.used], "target": rows.target[rows.used]})
+            seen += int(rows.used.sum())
+            if progress is not None and task is not None:
+                progress.advance(task)
     if not seen:
         raise InputError("evaluation: no question with an answer; give at least one")
     if reference is not None and seen != reference.token_question.size:

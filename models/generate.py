@@ -16,7 +16,7 @@ from splitq_jax.kernels.layout import native
 from splitq_jax.models.cache import KV_BITS, Cache, empty
 from splitq_jax.models.decoder import Context, step_mask
 from splitq_jax.models.sampling import Sampling
-from splitq_jax.sharding import mesh_of
+from splitq_jax.sharding import on_mesh_of
 
 Params = dict[str, Any]
 NONE = -1  # no token: what stands behind the end of a row
@@ -78,7 +78,7 @@ def generate(
     length = _round_up(np.shape(batch["input_ids"])[1])
     prepared = model.prepare(_pad_left(batch, length, model.config.placeholders))
     room = _round_up(length + int(max_new_tokens))
-    with mesh_of(params):
+    with on_mesh_of(params):
         params = native(params)
         state = prefill(model, params, prepared, sampling, stops, jax.random.key(seed), room, kv_bits)
         end = length + int(max_new_tokens)

@@ -10,6 +10,7 @@ import mmap
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from splitq_jax.errors import InputError
+from splitq_jax.qtensor import QTensor
 
 Axes = tuple[str | None, ...]
 
@@ -71,11 +73,34 @@ def mesh_axes(axis: str | None, size: int, sizes: Mapping[str, int]) -> str | tu
     return None
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """Return how a leaf is split over the mesh's axes."""
+def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> PartitionSpec:
+    """Return how a leaf is split over mesh axes of these sizes."""
     axes = logical_axes(path)
     split = len(axes) == len(shape)
-    return PartitionSpec(*(mesh_axes(axis, size, mesh.shape) for axis, size in zip(axes, shape, strict=True)) if split else ())
+    return PartitionSpec(*(mesh_axes(axis, size, sizes) for axis, size in zip(axes, shape, strict=True)) if split else ())
+
+
+def specs(tree: Any, sizes: Mapping[str, int], prefix: str = "") -> Any:
+    """Return how each array of a tree is split over mesh axes of these sizes, in a tree of the same structure.
+
+    Args:
+      tree: arrays or `jax.ShapeDtypeStruct`.
+      sizes: of the mesh axes.
+      prefix: path of the tree.
+    """
+
+    def one(keys: Any, leaf: Any) -> Any:
+        path = "/".join(filter(None, (prefix, jax.tree_util.keystr(keys, simple=True, separator="/"))))
+        if not isinstance(leaf, QTensor):
+            return spec(path, leaf.shape, sizes)
+        words = []
+        for i, array in enumerate(leaf.words):  # a GPU's lie the other way round
+            found = spec(f"{path}/words/{i}", array.shape[::-1] if leaf.elements else array.shape, sizes)
+            words.append(PartitionSpec(*reversed(found)) if leaf.elements else found)
+        scale = None if leaf.scale is None else spec(f"{path}/scale", leaf.scale.shape, sizes)
+        return replace(leaf, words=tuple(words), scale=scale)
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
@@ -84,9 +109,7 @@ def sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     Raises:
       InputError: a mesh with axes of other names.
     """
-    if unknown := [name for name in mesh.axis_names if name not in AXES]:
-        raise InputError(f"mesh: axis {unknown[0]!r}; expected {', '.join(AXES)}")
-    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), spec(path, shape, mesh))
+    return NamedSharding(_automatic(mesh), spec(path, shape, mesh.shape))
 
 
 def of(tree: Any, mesh: Mesh) -> Any:
@@ -99,12 +122,17 @@ def of(tree: Any, mesh: Mesh) -> Any:
     Raises:
       InputError: a mesh with axes of other names.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: sharding(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf.shape, mesh), tree
-    )
+    automatic = _automatic(mesh)
+    return jax.tree.map(lambda found: NamedSharding(automatic, found), specs(tree, mesh.shape))
 
 
-def mesh_of(params: Any) -> AbstractContextManager[Any]:
+def _automatic(mesh: Mesh) -> Mesh:
+    if unknown := [name for name in mesh.axis_names if name not in AXES]:
+        raise InputError(f"mesh: axis {unknown[0]!r}; expected {', '.join(AXES)}")
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def on_mesh_of(params: Any) -> AbstractContextManager[Any]:
     """Return the context of the mesh on which a tree lies (`jax.set_mesh`), in which the kernels find it; of none for one device.
 
     A context that is there already is kept.

@@ -133,18 +133,9 @@ def main() -> int:
         def placed(leaf, place):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-        def laid(site, places):
-            """The order of `layout.native`, in which words lie along their output channels."""
-            if not isinstance(site, SplitWeight):
-                return placed(site, places)
-            words = {id(a) for q in (*[g.w for g in site.groups], site.cws.v, site.mac.v) for a in q.words}
-            turned = NamedSharding(mesh, PartitionSpec("tensor", None))
-            places = [turned if id(a) in words else p for a, p in zip(jax.tree.leaves(site), jax.tree.leaves(places), strict=True)]
-            leaves, tree = jax.tree.flatten(jax.eval_shape(gpu.relayout, site))
-            return tree.unflatten(map(placed, leaves, places))
-
         is_site = lambda leaf: isinstance(leaf, SplitWeight)  # noqa: E731
-        params = jax.tree.map(laid, params, sharding.of(params, mesh), is_leaf=is_site)
+        params = jax.tree.map(lambda leaf: jax.eval_shape(gpu.relayout, leaf) if is_site(leaf) else leaf, params, is_leaf=is_site)
+        params = jax.tree.map(placed, params, sharding.of(params, mesh))
         rest = (state, array((1,), "int32"), array((), "int32"))
         args = (params, *jax.tree.map(lambda a: placed(a, NamedSharding(mesh, PartitionSpec())), rest))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

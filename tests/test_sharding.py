@@ -113,11 +113,11 @@ SPECS: list[tuple[str, tuple[int, ...], P]] = [
 
 @pytest.mark.parametrize(("path", "shape", "expected"), SPECS, ids=str)
 def test_how_a_leaf_is_split(path: str, shape: tuple[int, ...], expected: P) -> None:
-    assert sharding.spec(path, shape, mesh_of("fsdp x tensor")) == expected
+    assert sharding.spec(path, shape, mesh_of("fsdp x tensor").shape) == expected
 
 
 def test_a_mesh_need_not_have_all_axes(quantized: tuple[Any, Any]) -> None:
-    found = {name: sharding.spec(f"{LAYER}/o/kernel", (32, 64), mesh_of(name)) for name in MESHES}
+    found = {name: sharding.spec(f"{LAYER}/o/kernel", (32, 64), mesh_of(name).shape) for name in MESHES}
     both = P("tensor", "fsdp")
     expected = {"fsdp x tensor": both, "data x fsdp x tensor": both, "tensor": P("tensor", None), "fsdp": P(None, "fsdp")}
     assert found == expected | {"data": P(None, None)}

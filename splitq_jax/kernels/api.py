@@ -112,12 +112,7 @@ def quantized_matmul(
     width = 0 if a.side is None else a.side.shape[1]
     if width != side_width(w):
         raise InputError(f"quantized_matmul: the side operand has {width} columns, the site's has {side_width(w)}")
-
-    def on(run: _Run, a: Activations, w: SplitWeight, bias: Array | None) -> Array:
-        product: Array = run("quantized_matmul", w, a.values.shape[0])(a, w, bias, dtype=jnp.dtype(dtype))
-        return product
-
-    return _dispatch(on, backend, a, w, bias)
+    return _dispatch(_job("quantized_matmul", dtype), backend, (a,), w, bias)
 
 
 def decode_matmul(
@@ -134,13 +129,7 @@ def decode_matmul(
     Raises:
       InputError: an unknown backend.
     """
-
-    def on(run: _Run, tokens: tuple[Array, Array | None], w: SplitWeight, bias: Array | None) -> Array:
-        x, is_text = tokens
-        product: Array = run("decode_matmul", w, x.shape[0])(x, w, is_text, bias, dtype=jnp.dtype(dtype or x.dtype))
-        return product
-
-    return _dispatch(on, backend, (x, is_text), w, bias)
+    return _dispatch(_job("decode_matmul", dtype or x.dtype), backend, (x, is_text), w, bias)
 
 
 def weight_only_matmul(
@@ -158,12 +147,14 @@ def weight_only_matmul(
     """
     if x.shape[1] != w.rows:
         raise InputError(f"weight_only_matmul: tokens of {x.shape[1]} channels, a weight of {w.rows} rows")
+    return _dispatch(_job("weight_only_matmul", dtype or x.dtype), backend, (x,), w, bias)
 
-    def on(run: _Run, x: Array, w: QTensor, bias: Array | None) -> Array:
-        product: Array = run("weight_only_matmul", w, x.shape[0])(x, w, bias, dtype=jnp.dtype(dtype or x.dtype))
-        return product
 
-    return _dispatch(on, backend, x, w, bias)
+def _job(name: str, dtype: DTypeLike) -> Callable[..., Any]:
+    def on(run: _Run, tokens: tuple[Any, ...], w: SplitWeight | QTensor, bias: Array | None) -> Any:
+        return run(name, w, jax.tree.leaves(tokens)[0].shape[0])(tokens[0], w, *tokens[1:], bias, dtype=jnp.dtype(dtype))
+
+    return on
 
 
 def _dispatch(

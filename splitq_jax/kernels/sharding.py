@@ -6,7 +6,6 @@ are small and whole on every device; what lies otherwise is gathered.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,14 +13,12 @@ from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from splitq_jax.qtensor import QTensor
-from splitq_jax.sharding import mesh_axes
+from splitq_jax.sharding import mesh_axes, specs
 
 if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
 else:
     SplitWeight = Any
-
-WHOLE = PartitionSpec()
 
 
 def over_devices(
@@ -44,27 +41,12 @@ def over_devices(
         return function(tokens, w, bias)
     rows = mesh_axes("batch", jax.tree.leaves(tokens)[0].shape[0], free)
     cut = mesh_axes("columns", w.shape[1], free) if columns else None
+    path = "x/kernel/groups/0/w" if isinstance(w, QTensor) else "x/kernel"  # a site's main group, or a whole site
     product: Any = jax.shard_map(
         function,
-        in_specs=(PartitionSpec(rows), _specs(w, cut), PartitionSpec(cut)),
+        in_specs=(PartitionSpec(rows), specs(w, free if columns else {}, path), PartitionSpec(cut)),
         out_specs=PartitionSpec(rows, cut) if columns else PartitionSpec(rows),
         axis_names=set(free),
         check_vma=False,
     )(tokens, w, bias)
     return product
-
-
-def _specs(w: SplitWeight | QTensor, cut: Any) -> Any:
-    """Return how each array of a weight is cut, its columns over the axes ``cut``."""
-
-    def matrix(q: QTensor) -> QTensor:
-        words = (PartitionSpec(cut, None) if q.elements else PartitionSpec(None, cut),) * len(q.words)
-        by_row = q.scale is None or q.scale.shape[1] == 1
-        return replace(q, words=words, scale=None if q.scale is None else WHOLE if by_row else PartitionSpec(None, cut))
-
-    if isinstance(w, QTensor):
-        return matrix(w)
-    uncut = jax.tree.map(lambda _: WHOLE, w)
-    groups = tuple(replace(u, w=matrix(g.w)) for u, g in zip(uncut.groups, w.groups, strict=True))
-    cws, mac = (None if b is None else replace(u, v=matrix(b.v)) for u, b in ((uncut.cws, w.cws), (uncut.mac, w.mac)))
-    return replace(uncut, groups=groups, cws=cws, mac=mac)
