@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from test_kernels import ACCUMULATION, assert_close, mask_of, site_of, tokens_of
+from kernel_reference import ACCUMULATION, assert_close, mask_of, site_of, tokens_of
 
 from splitq_jax.kernels import api, gpu, gpu_kernel, hopper
 from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, fragment_rows, pack_fragments, unpack_fragments

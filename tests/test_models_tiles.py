@@ -1,4 +1,4 @@
-"""LLaVA-OneVision, InternVL, and LLaVA with other towers and decoders, against transformers' own, tiny and random, on torch's CPU."""
+"""LLaVA-OneVision against transformers' own, tiny and random, on torch's CPU."""
 
 import json
 from copy import deepcopy
@@ -9,103 +9,26 @@ import jax
 import numpy as np
 import pytest
 import torch
-from folders import change_json, change_tensors, same
+from folders import change_tensors, same
 from safetensors.numpy import load_file
-from transformers import (
-    CLIPVisionConfig,
-    InternVLForConditionalGeneration,
-    InternVLVisionConfig,
-    LlamaConfig,
-    LlavaForConditionalGeneration,
-    LlavaOnevisionForConditionalGeneration,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    SiglipVisionConfig,
+from test_models_fixed_images import INTERNVL, MASKED
+from tile_reference import (
+    IMAGE,
+    VIDEO,
+    assert_answers_equal,
+    assert_equal,
+    load,
+    reference,
+    rows_of,
+    tensors,
 )
-from transformers import InternVLConfig as HfInternVLConfig
-from transformers import LlavaConfig as HfLlavaConfig
-from transformers import LlavaOnevisionConfig as HfOnevisionConfig
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from splitq_jax import models
 from splitq_jax.errors import InputError
-from splitq_jax.models.families import model_of
 
-VOCABULARY, IMAGE, VIDEO = 320, 300, 301
-SIZES = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 56, "num_hidden_layers": 2}
-TOWER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
-DECODERS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig, "mistral": MistralConfig}
-TOWERS = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig, "internvit": InternVLVisionConfig}
-CLASSES = {
-    "llava": (HfLlavaConfig, LlavaForConditionalGeneration),
-    "llava_onevision": (HfOnevisionConfig, LlavaOnevisionForConditionalGeneration),
-    "internvl": (HfInternVLConfig, InternVLForConditionalGeneration),
-}
-ODD, MASKED = "odd-grid-tied-seven-to-one-no-projector-bias", "llama-rms-qk-norm-last-norm-mask-token-tied-uneven"
+ODD = "odd-grid-tied-seven-to-one-no-projector-bias"
 PINPOINTS = [[8, 8], [8, 16], [8, 24], [16, 8], [16, 16], [24, 8], [24, 24]]
-
-
-def reference(family: str, tower: str, decoder: str, vision: dict[str, Any], text: dict[str, Any], **top: Any) -> Any:
-    """A random model; biases, norms and layer scales are random too, which transformers starts at constants."""
-    torch.manual_seed(0)
-    config, model = CLASSES[family]
-    ids = {"image_token_id": IMAGE} if family == "internvl" else {"image_token_index": IMAGE}
-    ids |= {"video_token_index": VIDEO} if family == "llava_onevision" else {}
-    parts = {
-        "vision_config": TOWERS[tower](**(TOWER | vision)),
-        "text_config": DECODERS[decoder](vocab_size=VOCABULARY, **(SIZES | text)),
-    }
-    hf = model(config(**parts, **ids, **top)).eval()
-    with torch.no_grad():
-        for parameter in hf.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.15)
-    return hf
-
-
-def load(hf: Any, folder: Path) -> tuple[Any, Any]:
-    hf.save_pretrained(folder)
-    return models.load(folder)
-
-
-def rows_of(pictures: list[list[tuple[int, int]]], pad: list[int]) -> dict[str, np.ndarray]:
-    """Rows of text around ``pictures``, each a placeholder and how often it stands there, behind ``pad`` tokens of padding."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for row in pictures:
-        ids = list(rng.integers(3, IMAGE, 3))
-        for token, count in row:
-            ids += [token] * count + list(rng.integers(3, IMAGE, 2))
-        rows.append(ids + list(rng.integers(3, IMAGE, 5)))
-    width = max(len(r) + p for r, p in zip(rows, pad, strict=True))
-    return {
-        "input_ids": np.array([[0] * (width - len(r)) + r for r in rows], np.int32),
-        "attention_mask": np.array([[False] * (width - len(r)) + [True] * len(r) for r in rows]),
-    }
-
-
-def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {k: torch.tensor(v) if v.dtype == np.float32 else torch.tensor(v).long() for k, v in batch.items()}
-
-
-def logits(model: Any, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, model.prepare(batch)))
-
-
-def assert_equal(hf: Any, model: Any, params: Any, batch: dict[str, np.ndarray]) -> None:
-    mask = batch["attention_mask"]
-    with torch.no_grad():
-        theirs = hf(**tensors(batch)).logits.numpy()[mask]
-    ours = logits(model, params, batch)[mask]
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.5
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
-
-
-def assert_answers_equal(hf: Any, model: Any, params: Any, batch: dict[str, np.ndarray], tokens: int = 32) -> None:
-    theirs = hf.generate(**tensors(batch), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    theirs = theirs.numpy()[:, batch["input_ids"].shape[1] :]
-    assert len(np.unique(theirs)) > 3
-    np.testing.assert_array_equal(np.stack(models.generate(model, params, batch, tokens)), theirs)
 
 
 def onevision_batch(hf: Any, sizes: list[list[tuple[int, int]]], videos: list[int], pad: list[int], frames: int = 2) -> Any:
@@ -321,129 +244,3 @@ def test_onevision_refuses_configs(onevision: Any) -> None:
     }.items():
         with pytest.raises(InputError, match=message):
             model.from_hf(config | change).prepare(picture)
-
-
-INTERNVL: dict[str, dict[str, Any]] = {
-    "qwen2-odd-grid-bias-seven-to-one": {
-        "decoder": "qwen2",
-        "vision": {"image_size": 12, "patch_size": 2, "attention_bias": True},
-        "text": {"hidden_size": 42, "num_attention_heads": 7, "num_key_value_heads": 1},
-        "tie_word_embeddings": False,
-    },
-    MASKED: {
-        "decoder": "llama",
-        "vision": {
-            "image_size": 13,
-            "patch_size": 3,
-            "norm_type": "rms_norm",
-            "use_qk_norm": True,
-            "use_mean_pooling": False,
-            "use_mask_token": True,
-            "layer_norm_eps": 1e-2,
-        },
-        "text": {"hidden_size": 48, "num_attention_heads": 6, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-    },
-    "qwen3-inner-layer-no-positions-quarter": {
-        "decoder": "qwen3",
-        "vision": {"image_size": 16, "patch_size": 2, "use_absolute_position_embeddings": False, "use_mean_pooling": False},
-        "text": {"head_dim": 12, "num_key_value_heads": 4},
-        "vision_feature_layer": -2,
-        "downsample_ratio": 0.25,
-        "projector_hidden_act": "silu",
-    },
-    "whole-tower-without-its-norm-no-shuffle": {
-        "decoder": "mistral",
-        "vision": {"image_size": 6, "patch_size": 2, "use_mean_pooling": False, "hidden_act": "relu"},
-        "text": {"sliding_window": 9, "head_dim": 10},
-        "vision_feature_layer": 3,
-        "downsample_ratio": 1.0,
-        "tie_word_embeddings": False,
-    },
-}
-LLAVA: dict[str, dict[str, Any]] = {
-    "clip-mistral-window": {
-        "tower": "clip",
-        "decoder": "mistral",
-        "vision": {"image_size": 14, "patch_size": 4},
-        "text": {"sliding_window": 7, "head_dim": 10},
-        "vision_feature_layer": [-2, -3, 3],
-    },
-    "siglip-qwen2-windows-of-some-layers": {
-        "tower": "siglip",
-        "decoder": "qwen2",
-        "vision": {"image_size": 12, "patch_size": 4},
-        "text": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
-        "vision_feature_layer": 2,
-    },
-    "clip-qwen3-full": {
-        "tower": "clip",
-        "decoder": "qwen3",
-        "vision": {"image_size": 9, "patch_size": 3, "hidden_act": "gelu"},
-        "text": {"head_dim": 6, "attention_bias": True},
-        "vision_feature_select_strategy": "full",
-        "vision_feature_layer": -1,
-    },
-}
-
-
-def fixed_batch(hf: Any, tokens: int, counts: list[int], pad: list[int]) -> dict[str, np.ndarray]:
-    """Samples with so many images of one size each."""
-    batch = rows_of([[(IMAGE, tokens)] * count for count in counts], pad)
-    size = np.max(hf.config.vision_config.image_size)
-    pixels = np.random.default_rng(2).standard_normal((sum(counts), 3, size, size), np.float32)
-    return batch | ({"pixel_values": pixels} if sum(counts) else {})
-
-
-@pytest.mark.parametrize("case", [*INTERNVL, *LLAVA])
-def test_logits_of_fixed_images(case: str, tmp_path: Path) -> None:
-    family = "internvl" if case in INTERNVL else "llava"
-    hf = reference(family, **({"tower": "internvit"} | (INTERNVL | LLAVA)[case]))
-    model, params = load(hf, tmp_path / "model")
-    batch = fixed_batch(hf, model.config.tokens_per_image, [1, 3, 0], [0, 0, 3])
-    assert_equal(hf, model, params, batch)
-    if case in (MASKED, "clip-mistral-window"):
-        assert_answers_equal(hf, model, params, batch)
-    if case == MASKED:
-        assert_equal(hf, model, params, fixed_batch(hf, model.config.tokens_per_image, [0, 0], [0, 4]))
-
-
-def test_internvl_ties_as_the_text_does_where_the_top_is_silent(tmp_path: Path) -> None:
-    case = INTERNVL["qwen2-odd-grid-bias-seven-to-one"]
-    for tied in (False, True):
-        text = case["text"] | {"tie_word_embeddings": tied}
-        hf = reference("internvl", "internvit", **(case | {"text": text, "tie_word_embeddings": tied}))
-        folder = tmp_path / str(tied)
-        hf.save_pretrained(folder)
-        change_json(folder / "config.json", lambda config: config.pop("tie_word_embeddings"))
-        model, params = models.load(folder)
-        assert model.config.tied == tied and ("head" in params["decoder"]) != tied
-
-
-def test_internvl_refuses(tmp_path: Path) -> None:
-    hf = reference("internvl", "internvit", **INTERNVL[MASKED])
-    config = hf.config.to_dict()
-
-    bad: dict[str, dict[str, Any]] = {
-        r"vision image_size \[8, 16\]; only squares": {"vision_config": {"image_size": [8, 16]}},
-        r"vision patch_size \[2, 4\]; only squares": {"vision_config": {"patch_size": [2, 4]}},
-        "vision norm_type 'batch_norm'": {"vision_config": {"norm_type": "batch_norm"}},
-        "vision hidden_size 24 is no multiple of its 5 heads": {"vision_config": {"num_attention_heads": 5}},
-        "vision patch_size 14 is larger": {"vision_config": {"patch_size": 14}},
-        "text model_type 'olmo2'": {"text_config": {"model_type": "olmo2"}},
-        "max_position_embeddings": {"text_config": {"max_position_embeddings": 0}},
-        "vision_feature_layer 4": {"vision_feature_layer": 4},
-        r"vision_feature_layer \[1\]": {"vision_feature_layer": [1]},
-        "vision_feature_select_strategy 'full'": {"vision_feature_select_strategy": "full"},
-        "downsample_ratio 0.3": {"downsample_ratio": 0.3},
-        "4 patches along a side are no multiple of 8": {"downsample_ratio": 0.125},
-        "image_token_id -1": {"image_token_id": -1},
-    }
-    for message, change in bad.items():
-        whole = {name: config[name] | value if isinstance(value, dict) else value for name, value in change.items()}
-        with pytest.raises(InputError, match=message):
-            model_of(config | whole)
-    short = model_of(config | {"text_config": config["text_config"] | {"max_position_embeddings": 20}})
-    batch = fixed_batch(hf, short.config.tokens_per_image, [0, 0], [4, 0])
-    short.prepare({name: value[:, -20:] for name, value in batch.items()})
-    with pytest.raises(InputError, match="21 tokens: the dynamic rotary embedding is supported up to max_position_embeddings, 20"):
-        short.prepare({name: np.pad(value, ((0, 0), (21 - value.shape[1], 0))) for name, value in batch.items()})
