@@ -2,11 +2,15 @@
 
 ``W_m ~ U_r S_r V_r^T`` (truncated SVD of the untransformed main rows); ``U_* = P_m^-1 U_r``, ``V_* = S_r G_* V_r^T``. Only the diagonal gate
 ``G_*`` is learned. ``sqrt(S)`` goes to either side, which leaves the product alone and makes V's rows alike.
+
+``U`` is rounded with a scale per column, ``V`` with one per row: both lie along the singular directions, where the gate lies too. So a gate
+changes a scale and no code, ``Q(V_*) = G_* Q(V)``, and one pair of factors, rounded once, serves both branches:
+``X U diag(g_s) V + D U diag(g_c) V = (X U g_s + D U g_c) V``.
 """
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +25,34 @@ BRANCHES: tuple[str, ...] = get_args(Branch)
 
 @struct.dataclass
 class LowRank:
-    """A learnable branch ``(P^-1 u) diag(gate) v`` of rank r.
+    """The branches of a site, ``(P^-1 u) diag(gate) v`` each, of factors of R columns and rows.
+
+    CWS has the first columns of ``u``, MAC the last, as many as their gates are long. The two overlap where they share factors: the
+    shorter branch has the largest singular values, and the order is falling or rising so that those lie at its end.
 
     Attributes:
-      u: ``U_r sqrt(S_r)``, before the transform.
-      v: ``sqrt(S_r) V_r^T``.
-      gate: the diagonal of ``G``.
-      kind: ``gated`` learns the gate, ``free`` learns u and v, ``fixed`` learns nothing (``G = I``).
+      u: ``U_r sqrt(S_r)``, before the transform; codes of ``P^-1 u`` in a quantized site.
+      v: ``sqrt(S_r) V_r^T``, or its codes.
+      cws: the diagonal of CWS's gate, None where it is off.
+      mac: the diagonal of MAC's gate, None where it is off.
     """
 
-    u: Float[Array, "K r"]
-    v: Float[Array, "r N"]
-    gate: Float[Array, " r"]
-    kind: str = struct.field(pytree_node=False)
+    u: Any  # Float[Array, "K R"] or QTensor
+    v: Any  # Float[Array, "R N"] or QTensor
+    cws: Float[Array, " r_s"] | None
+    mac: Float[Array, " r_c"] | None
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        rank: int = self.u.shape[1]
+        return rank
+
+    def diagonals(self) -> tuple[Float[Array, " R"] | None, Float[Array, " R"] | None]:
+        """Return both gates over all columns, zero where a branch has none."""
+        cws = None if self.cws is None else jnp.pad(self.cws, (0, self.rank - self.cws.shape[0]))
+        mac = None if self.mac is None else jnp.pad(self.mac, (self.rank - self.mac.shape[0], 0))
+        return cws, mac
 
 
 def rank_of(rate: float, rows: int, columns: int, width: int) -> int:
@@ -44,30 +63,28 @@ def rank_of(rate: float, rows: int, columns: int, width: int) -> int:
 
 def svd_factors(
     w: Float[Array, "K N"], ranks: Sequence[int], columns: tuple[int, ...] | None = None
-) -> list[tuple[Float[Array, "K r"], Float[Array, "r N"]]]:
-    """Return ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T`` of the main rows for every rank, from one decomposition.
+) -> tuple[Float[Array, "K R"], Float[Array, "R N"]]:
+    """Return ``U_r sqrt(S_r)`` and ``sqrt(S_r) V_r^T`` for the largest of the ranks; the factors of a smaller rank r come first.
 
     Args:
       w: the main rows, float32.
       ranks: the r.
       columns: None for one SVD a site, its layers side by side; else the output sizes of the site's layers: each has an SVD of its
-        own with this rank, and the factors are laid side by side, V block-diagonal (so r is ``rank * len(columns)``).
+        own with these ranks, and the factors are laid side by side, V block-diagonal (so R is ``max(ranks) * len(columns)``).
     """
-    if columns is not None:
-        starts = np.cumsum((0, *columns))
-        layers = zip(*(svd_factors(w[:, a:b], ranks) for a, b in pairwise(starts)), strict=True)
-        return [
-            (jnp.concatenate([u for u, _ in pairs], axis=1), jax.scipy.linalg.block_diag(*[v for _, v in pairs]))
-            for pairs in layers
-        ]
-    # LAPACK through numpy: XLA's CPU decomposition takes seconds a layer
     most = max(ranks)
-    shapes = (
-        jax.ShapeDtypeStruct((w.shape[0], most), jnp.float32),
-        jax.ShapeDtypeStruct((most, w.shape[1]), jnp.float32),
-    )
-    u, v = jax.pure_callback(lambda m: _svd(np.asarray(m), most), shapes, w)
-    return [(u[:, :r], v[:r]) for r in ranks]
+    ends = np.cumsum((0, *(columns or (w.shape[1],))))
+    us, vs = zip(*(_leading(w[:, a:b], most) for a, b in pairwise(ends)), strict=True)
+    u, v = jnp.concatenate(us, axis=1), jax.scipy.linalg.block_diag(*vs)
+    order = np.array(sorted(range(u.shape[1]), key=lambda i: sum(i % most >= r for r in ranks)))
+    return u[:, order], v[order, :]
+
+
+def _leading(w: Float[Array, "K N"], rank: int) -> tuple[Float[Array, "K r"], Float[Array, "r N"]]:
+    # LAPACK through numpy: XLA's CPU decomposition takes seconds a layer
+    shapes = (jax.ShapeDtypeStruct((w.shape[0], rank), jnp.float32), jax.ShapeDtypeStruct((rank, w.shape[1]), jnp.float32))
+    u, v = jax.pure_callback(lambda m: _svd(np.asarray(m), rank), shapes, w)
+    return u, v
 
 
 def _svd(w: Float[np.ndarray, "K N"], rank: int) -> tuple[Float[np.ndarray, "K r"], Float[np.ndarray, "r N"]]:

@@ -9,6 +9,7 @@ import jax
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from splitq_jax.acc import LowRank
 from splitq_jax.kernels import api
 from splitq_jax.qtensor import QTensor
 from splitq_jax.site import RoundedSplit, TrainableSplit, round_weights, rounded_linear
@@ -33,30 +34,20 @@ class Group:
 
 
 @struct.dataclass
-class Branch:
-    """A low-rank branch: ``u`` with scales per column, ``v`` with scales per row, so both lie along the singular directions."""
-
-    u: QTensor
-    v: QTensor
-
-
-@struct.dataclass
 class SplitWeight:
     """A quantized site: the typed leaf that takes a kernel's place in the parameter tree.
 
     Attributes:
       perm: ``[C_m | C_t | C_v]``, the order in which the input channels are read; None where nothing is split off.
       groups: main, then text and vision where they are not empty.
-      cws: ``Q(U_s)``, ``Q(V_s)`` or None.
-      mac: ``Q(U_c)``, ``Q(V_c)`` or None.
+      branches: CWS and MAC: codes of ``U``, codes of ``V`` and the gates, or None.
       mac_tokens: the tokens that MAC serves.
       residual_bits: bits of MAC's activation residual.
     """
 
     perm: Int[Array, " D"] | None
     groups: tuple[Group, ...]
-    cws: Branch | None
-    mac: Branch | None
+    branches: LowRank | None
     mac_tokens: str = struct.field(pytree_node=False)
     residual_bits: int = struct.field(pytree_node=False)
 

@@ -3,6 +3,7 @@
 ``prepare`` gives a tree with `TrainableSplit` leaves, ``freeze`` one with `SplitWeight` leaves; the model applies all three.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float
 
 from splitq_jax import acc, mocd, transforms
 from splitq_jax.errors import InputError
-from splitq_jax.linear import Branch, Group, SplitWeight, stored_bits
+from splitq_jax.linear import Group, SplitWeight, stored_bits
 from splitq_jax.mocd import SiteStats
 from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, logit
 from splitq_jax.packing import TILE_ROWS, WIDE
@@ -139,18 +140,18 @@ def prepare_site(
         )
     if recipe.rounding == "gptq" and (stats is None or stats.gram is None):
         raise InputError(f"{path}: GPTQ needs Gram matrices; collect the statistics with gram=True")
-    cws, mac = start_branches(w[perm][: sizes[0]], recipe, columns, path)
+    branches, kinds = start_branches(w[perm][: sizes[0]], recipe, columns, path)
     return TrainableSplit(
         w=w,
         perm=perm,
         groups=tuple(groups),
-        cws=cws,
-        mac=mac,
+        branches=branches,
         bits=jnp.array([*recipe.main_bits, *recipe.side], jnp.int32),
         gram=stats.gram if stats is not None and recipe.rounding == "gptq" else None,
         sizes=sizes,
         mac_tokens=recipe.mac_tokens,
         learn_transform=recipe.train and recipe.transform in {"kron", "diag", "dense"},
+        kinds=kinds,
     )
 
 
@@ -172,29 +173,31 @@ def start_transform(recipe: Recipe, x_absmax: Float[Array, " K"], rows: Float[Ar
 
 def start_branches(
     main: Float[Array, "K N"], recipe: Recipe, columns: tuple[int, ...], path: str
-) -> tuple[acc.LowRank | None, acc.LowRank | None]:
-    """Return CWS and MAC at their start, None for one that is off."""
+) -> tuple[acc.LowRank | None, tuple[acc.Branch, acc.Branch]]:
+    """Return CWS and MAC at their start, None where both are off, and their kinds."""
     w_bits, a_bits = recipe.main_bits
     no_residual = a_bits >= FLOAT_BITS and w_bits < FLOAT_BITS  # MAC has nothing to send where activations are not quantized
-    kinds = (recipe.cws, "off" if no_residual else recipe.mac)
+    kinds: tuple[acc.Branch, acc.Branch] = (recipe.cws, "off" if no_residual else recipe.mac)
     per_layer = columns if recipe.svd_per == "layer" else None
     narrowest = min(main.shape[0], min(columns) if per_layer else main.shape[1])
-    ranks = [acc.rank_of(rate, main.shape[0], narrowest, main.shape[0]) for rate in recipe.rates]
-    wanted = [rank for rank, kind in zip(ranks, kinds, strict=True) if kind != "off"]
-    if not wanted:
-        return None, None
-    if max(wanted) > narrowest:
-        raise InputError(f"{path}: rank {max(wanted)} above min(D, N) = {narrowest}; lower the rank rate")
-    factors = iter(acc.svd_factors(main, wanted, per_layer))
-
-    def branch(kind: acc.Branch, start: float) -> acc.LowRank | None:
-        if kind == "off":
-            return None
-        u, v = next(factors)
-        gate = jnp.full((u.shape[1],), start if kind == "gated" else 1.0, jnp.float32)
-        return acc.LowRank(u, start * v if kind == "free" else v, gate, kind)
-
-    return branch(kinds[0], recipe.cws_start), branch(kinds[1], recipe.mac_start)
+    ranks = [
+        0 if kind == "off" else acc.rank_of(rate, main.shape[0], narrowest, main.shape[0])
+        for kind, rate in zip(kinds, recipe.rates, strict=True)
+    ]
+    if not any(ranks):
+        return None, kinds
+    if max(ranks) > narrowest:
+        raise InputError(f"{path}: rank {max(ranks)} above min(D, N) = {narrowest}; lower the rank rate")
+    u, v = acc.svd_factors(main, ranks, per_layer)
+    wide = [rank * (len(columns) if per_layer else 1) for rank in ranks]
+    parts = list(zip(wide, kinds, (recipe.cws_start, recipe.mac_start), strict=True))
+    if "free" in kinds:  # what one branch learns must not move the other
+        u = jnp.concatenate([u[:, :r] for r in wide], axis=1)
+        v = jnp.concatenate([(start if kind == "free" else 1.0) * v[:r] for r, kind, start in parts])
+    elif wide[0] > wide[1] > 0:  # MAC has the last columns
+        u, v = u[:, ::-1], v[::-1]
+    gates = [jnp.full((r,), start if kind == "gated" else 1.0, jnp.float32) if r else None for r, kind, start in parts]
+    return acc.LowRank(u, v, gates[0], gates[1]), kinds
 
 
 def freeze(params: Params, recipe: Recipe) -> Params:
@@ -211,7 +214,7 @@ def freeze(params: Params, recipe: Recipe) -> Params:
 def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
     """Round one site."""
     (w_bits, a_bits), (side_w_bits, side_a_bits) = recipe.main_bits, recipe.side
-    weights, cws, mac = unrounded(site)
+    weights, branches = unrounded(site)
     multiple = TILE_ROWS if site.w.shape[0] >= WIDE else 1
     groups = []
     for i, (group, w, channels) in enumerate(zip(site.groups, weights, split(site.perm, site.sizes, 0), strict=True)):
@@ -224,14 +227,11 @@ def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
             codes = pad_words(gptq(w, apply(group.transform, half.T), bits, clip), multiple)
         groups.append(Group(group.transform, clip_factors(group.a_clip), codes, a_bits if i == 0 else side_a_bits))
 
-    def branch(factors: tuple[Array, Array] | None) -> Branch | None:
-        if factors is None:
-            return None
-        u, v = (quantize_matrix(f, side_w_bits, axis=i, multiple=multiple) for i, f in enumerate(factors))
-        return Branch(u, v)
-
+    if branches is not None:
+        u, v = (quantize_matrix(f, side_w_bits, axis=i, multiple=multiple) for i, f in enumerate((branches.u, branches.v)))
+        branches = dataclasses.replace(branches, u=u, v=v)
     perm = site.perm if len(site.sizes) > 1 else None
-    return SplitWeight(perm, tuple(groups), branch(cws), branch(mac), site.mac_tokens, side_a_bits)
+    return SplitWeight(perm, tuple(groups), branches, site.mac_tokens, side_a_bits)
 
 
 def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
@@ -258,7 +258,8 @@ def summarize(params: Params) -> list[SiteSummary]:
     for path, leaf in kernels(params).items():
         if isinstance(leaf, SplitWeight):
             main, bits = leaf.groups[0], stored_bits(leaf)
-            ranks = tuple(0 if b is None else b.u.shape[1] for b in (leaf.cws, leaf.mac))
+            gates = (None, None) if leaf.branches is None else (leaf.branches.cws, leaf.branches.mac)
+            ranks = tuple(0 if gate is None else gate.shape[0] for gate in gates)
             rows.append(
                 SiteSummary(
                     path,

@@ -47,9 +47,9 @@ LOGICAL_AXES: tuple[tuple[str, Axes], ...] = (
 # packed codes (`QTensor`) only the columns are split. Channel orders, transforms and clips are small and repeated
 INSIDE: tuple[tuple[str, tuple[int | str | None, ...]], ...] = (
     (r"w", (0, 1)),
-    (r"(cws|mac)/u|a", (0, None)),
-    (r"(cws|mac)/v|b|groups/\d+/w_clip", (None, 1)),
-    (r"(groups/\d+/w|(cws|mac)/v)/(words/\d+|scale)", (None, "columns")),
+    (r"branches/u|a", (0, None)),
+    (r"branches/v|b|groups/\d+/w_clip", (None, 1)),
+    (r"(groups/\d+/w|branches/v)/(words/\d+|scale)", (None, "columns")),
 )
 
 

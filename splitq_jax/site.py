@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from splitq_jax.acc import LowRank
+from splitq_jax.acc import Branch, LowRank
 from splitq_jax.numerics import fake_quantize
 from splitq_jax.transforms import Transform, apply, apply_inverse
 
@@ -40,25 +40,25 @@ class TrainableSplit:
       w: the float weight, rows in the model's order.
       perm: ``[C_m | C_t | C_v]``.
       groups: one per non-empty group, in that order; main first.
-      cws: the smoothing branch (all tokens) or None.
-      mac: the compensation branch or None.
+      branches: CWS and MAC, or None.
       bits: (main weight, main activation, side weight, side activation); an array, so that one compiled step serves every scheme.
       gram: ``X^T X`` of the input in the model's order, for GPTQ, or None.
       sizes: channels per group.
       mac_tokens: which tokens MAC serves: ``text``, ``vision`` or ``both``.
       learn_transform: whether the transforms are learned.
+      kinds: of the branches (CWS, MAC): ``gated`` learns the gate, ``free`` learns u and v, ``fixed`` learns nothing (``G = I``).
     """
 
     w: Float[Array, "D N"]
     perm: Int[Array, " D"]
     groups: tuple[LearnedGroup, ...]
-    cws: LowRank | None
-    mac: LowRank | None
+    branches: LowRank | None
     bits: Int[Array, " 4"]
     gram: Float[Array, "D D"] | None
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
     mac_tokens: str = struct.field(pytree_node=False)
     learn_transform: bool = struct.field(pytree_node=False)
+    kinds: tuple[Branch, Branch] = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -70,15 +70,14 @@ class RoundedSplit:
       transforms: ``P_j`` of each group.
       a_clips: logits of LAC's two factors of each group, or None.
       w: ``Q(P_j^-1 W_j)`` of each group (main group: less CWS's product).
-      cws, mac: ``Q(U)`` and ``Q(V)``, or None.
+      branches: ``Q(U)`` and ``Q(V)`` with the gates, or None.
     """
 
     perm: Int[Array, " D"]
     transforms: tuple[Transform, ...]
     a_clips: tuple[Float[Array, " 2"] | None, ...]
     w: tuple[Float[Array, "K N"], ...]
-    cws: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
-    mac: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
+    branches: LowRank | None
     bits: Int[Array, " 4"]
     mac_tokens: str = struct.field(pytree_node=False)
 
@@ -107,48 +106,41 @@ class Unrounded(NamedTuple):
 
     Attributes:
       w: ``P_j^-1 W_j`` of each group; the main group's is ``W~ - U_s V_s`` (arXiv 2605.19929, eq. 8).
-      cws, mac: ``U_* = P_m^-1 U_r`` and ``V_* = S_r G_* V_r^T`` (eq. 9), or None.
+      branches: ``P_m^-1 U_r``, ``S_r V_r^T`` and the gates (eq. 9), or None.
     """
 
     w: list[Float[Array, "K N"]]
-    cws: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
-    mac: tuple[Float[Array, "K r"], Float[Array, "r N"]] | None
+    branches: LowRank | None
 
 
 def unrounded(site: TrainableSplit) -> Unrounded:
     """Transform a site's weights and the factors of its branches."""
     main, *side = split(site.w[site.perm], site.sizes, axis=0)
-    branches = [b for b in (site.cws, site.mac) if b is not None]
+    side = [apply_inverse(g.transform, w_j) for g, w_j in zip(site.groups[1:], side, strict=True)]
+    transform, b = site.groups[0].transform, site.branches
+    if b is None:
+        return Unrounded([apply_inverse(transform, main), *side], None)
     # side by side, so that P_m is inverted once
-    ranks = [b.u.shape[1] for b in branches]
-    columns = jnp.concatenate([main, *[b.u for b in branches]], axis=1)
-    w, *us = split(apply_inverse(site.groups[0].transform, columns), (main.shape[1], *ranks), axis=1)
-    factors = iter((u, b.gate[:, None] * b.v) for u, b in zip(us, branches, strict=True))
-    cws = None if site.cws is None else next(factors)
-    mac = None if site.mac is None else next(factors)
-    if cws is not None:
-        w = w - cws[0] @ cws[1]
-    return Unrounded([w, *(apply_inverse(g.transform, w_j) for g, w_j in zip(site.groups[1:], side, strict=True))], cws, mac)
+    w, u = split(apply_inverse(transform, jnp.concatenate([main, b.u], axis=1)), (main.shape[1], b.rank), axis=1)
+    if b.cws is not None:
+        r = b.cws.shape[0]
+        w = w - (u[:, :r] * b.cws[None, :]) @ b.v[:r]
+    return Unrounded([w, *side], dataclasses.replace(b, u=u))
 
 
 def round_weights(site: TrainableSplit) -> RoundedSplit:
     """Round a site's weights straight through: all of a training step that does not depend on the tokens."""
     w_bits, _, side_w_bits, _ = site.bits
-    w, cws, mac = unrounded(site)
+    w, b = unrounded(site)
     bits = (w_bits, *[side_w_bits] * (len(w) - 1))
-
-    def branch(factors: tuple[Array, Array] | None) -> tuple[Array, Array] | None:
-        if factors is None:
-            return None
-        return fake_quantize(factors[0], side_w_bits, axis=0), fake_quantize(factors[1], side_w_bits, axis=1)
-
+    if b is not None:
+        b = dataclasses.replace(b, u=fake_quantize(b.u, side_w_bits, axis=0), v=fake_quantize(b.v, side_w_bits, axis=1))
     return RoundedSplit(
         perm=site.perm,
         transforms=tuple(g.transform for g in site.groups),
         a_clips=tuple(g.a_clip for g in site.groups),
         w=tuple(fake_quantize(w_j, b, clip_factors(g.w_clip), axis=0) for w_j, b, g in zip(w, bits, site.groups, strict=True)),
-        cws=branch(cws),
-        mac=branch(mac),
+        branches=b,
         bits=site.bits,
         mac_tokens=site.mac_tokens,
     )
@@ -164,28 +156,31 @@ def rounded_linear(x: Float[Array, "*B D"], site: RoundedSplit, is_text: Bool[Ar
         x_t = apply(transform, x_j)
         x_hat = fake_quantize(x_t, a_bits if is_main else side_a_bits, clip_factors(a_clip))
         y += x_hat @ w_j
-        if is_main and site.cws is not None:
-            u, v = site.cws
-            y += (x_hat @ u) @ v
-        if is_main and site.mac is not None:
-            u, v = site.mac
-            residual = fake_quantize(x_t - x_hat, side_a_bits)
-            y += jnp.where(served_by_mac(site.mac_tokens, is_text, x.shape[:-1]), (residual @ u) @ v, 0)
+        if is_main and (b := site.branches) is not None:
+            if b.cws is not None:
+                r = b.cws.shape[0]
+                y += (x_hat @ b.u[:, :r]) @ (b.cws[:, None] * b.v[:r])
+            if b.mac is not None:
+                r = b.mac.shape[0]
+                residual = fake_quantize(x_t - x_hat, side_a_bits)
+                served = served_by_mac(site.mac_tokens, is_text, x.shape[:-1])
+                y += jnp.where(served, (residual @ b.u[:, -r:]) @ (b.mac[:, None] * b.v[-r:]), 0)
     return y
 
 
 def learnable(site: TrainableSplit) -> dict[str, Any]:
     """Return the learnable arrays: ``transforms`` (and free branches) apart from ``clips`` (and gates), which learn ten times as fast."""
-    branches = {"cws": site.cws, "mac": site.mac}
+    free, gates = {}, {}
+    if (b := site.branches) is not None:
+        for name, kind, gate in zip(("cws", "mac"), site.kinds, (b.cws, b.mac), strict=True):
+            if kind == "gated":
+                gates[name] = gate
+            elif kind == "free":
+                at = _columns(name, gate)
+                free[name] = {"u": b.u[:, at], "v": b.v[at]}
     return {
-        "transforms": {
-            "groups": tuple(g.transform for g in site.groups) if site.learn_transform else (),
-            **{k: {"u": b.u, "v": b.v} for k, b in branches.items() if b is not None and b.kind == "free"},
-        },
-        "clips": {
-            "groups": tuple((g.w_clip, g.a_clip) for g in site.groups),
-            **{k: b.gate for k, b in branches.items() if b is not None and b.kind == "gated"},
-        },
+        "transforms": {"groups": tuple(g.transform for g in site.groups) if site.learn_transform else (), **free},
+        "clips": {"groups": tuple((g.w_clip, g.a_clip) for g in site.groups), **gates},
     }
 
 
@@ -198,12 +193,16 @@ def with_learnable(site: TrainableSplit, values: dict[str, Any]) -> TrainableSpl
     if site.learn_transform:
         transforms = values["transforms"]["groups"]
         groups = [dataclasses.replace(g, transform=t) for g, t in zip(groups, transforms, strict=True)]
+    branches = site.branches
+    for name in ("cws", "mac"):
+        if branches is not None and name in values["clips"]:
+            branches = dataclasses.replace(branches, **{name: values["clips"][name]})
+        if branches is not None and name in values["transforms"]:
+            at, new = _columns(name, getattr(branches, name)), values["transforms"][name]
+            branches = dataclasses.replace(branches, u=branches.u.at[:, at].set(new["u"]), v=branches.v.at[at].set(new["v"]))
+    return dataclasses.replace(site, groups=tuple(groups), branches=branches)
 
-    def branch(name: str, start: LowRank | None) -> LowRank | None:
-        if start is not None and name in values["clips"]:
-            return dataclasses.replace(start, gate=values["clips"][name])
-        if start is not None and name in values["transforms"]:
-            return dataclasses.replace(start, **values["transforms"][name])
-        return start
 
-    return dataclasses.replace(site, groups=tuple(groups), cws=branch("cws", site.cws), mac=branch("mac", site.mac))
+def _columns(name: str, gate: Float[Array, " r"]) -> slice:
+    """Return the columns of U that a branch has (see `LowRank`)."""
+    return slice(None, gate.shape[0]) if name == "cws" else slice(-gate.shape[0], None)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from splitq_jax.acc import LowRank
 from splitq_jax.kernels import operands
-from splitq_jax.linear import Branch, Group, SplitWeight
+from splitq_jax.linear import Group, SplitWeight
 from splitq_jax.packing import TILE_ROWS, padded_rows, slab_rows
 from splitq_jax.qtensor import QTensor
 from splitq_jax.transforms import IDENTITY, Transform, factors, orthogonal
@@ -126,8 +127,11 @@ def codes_of(rng, rows: int, columns: int, bits: int, wide: bool, row_scales: bo
     return QTensor((jnp.asarray(words),), jnp.asarray(scale, jnp.float32), bits, rows)
 
 
-def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), transform=True, clip=0.9) -> SplitWeight:
-    """A site of ``width`` channels: two side groups of ``side`` channels each (0: none) and branches of these ranks (0: none)."""
+def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), apart=False, transform=True, clip=0.9) -> SplitWeight:
+    """A site of ``width`` channels: two side groups of ``side`` channels each (0: none) and branches of these ranks (0: none).
+
+    ``apart``: the branches have factors of their own.
+    """
     rng = np.random.default_rng(seed)
     w_bits, a_bits = bits
     side_w, side_a, wide = max(4, w_bits), max(4, a_bits), width >= 1024
@@ -140,11 +144,12 @@ def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), transform=Tr
         d = jnp.asarray(0.5 + rng.random(k), jnp.float32)
         return Transform(d, jnp.asarray(orthogonal(n1, 1)) if n1 > 1 else None, jnp.asarray(orthogonal(n2, 2)))
 
-    def branch(rank):
-        if not rank:
-            return None
-        return Branch(codes_of(rng, sizes[0], rank, side_w, wide), codes_of(rng, rank, columns, side_w, wide, row_scales=True))
-
+    branches = None
+    if rank := sum(ranks) if apart else max(ranks):
+        u = codes_of(rng, sizes[0], rank, side_w, wide)
+        v = codes_of(rng, rank, columns, side_w, wide, row_scales=True)
+        gates = [jnp.asarray(rng.standard_normal(r), jnp.float32) if r else None for r in ranks]
+        branches = LowRank(u, v, *gates)
     groups = tuple(
         Group(
             transform_of(k),
@@ -155,7 +160,7 @@ def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), transform=Tr
         for i, k in enumerate(sizes)
     )
     perm = jnp.asarray(rng.permutation(width), jnp.int32) if len(sizes) > 1 else None
-    return SplitWeight(perm, groups, branch(ranks[0]), branch(ranks[1]), "text", side_a)
+    return SplitWeight(perm, groups, branches, "text", side_a)
 
 
 def tokens_of(seed, count, width, dtype=jnp.bfloat16):

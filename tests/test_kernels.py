@@ -96,11 +96,11 @@ def test_many_tokens(backend, count):
     assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
 
 
-@pytest.mark.parametrize("which", ["all", "no side groups", "no cws", "no branches", "nothing"])
+@pytest.mark.parametrize("which", ["all", "factors of their own", "no side groups", "no cws", "no mac", "no branches", "nothing"])
 def test_sites_that_lack_parts(backend, which):
     side = 0 if which in ("no side groups", "nothing") else 64
-    cws, mac = {"no cws": (0, 32), "no mac": (32, 0), "no branches": (0, 0), "nothing": (0, 0)}.get(which, (32, 48))
-    w = site_of(4, 1024, 136, (4, 4), side=side, ranks=(cws, mac))
+    cws, mac = {"no cws": (0, 32), "no mac": (32, 0), "no branches": (0, 0), "nothing": (0, 0)}.get(which, (48, 32))
+    w = site_of(4, 1024, 136, (4, 4), side=side, ranks=(cws, mac), apart=which == "factors of their own")
     a = given_operands(4, 20, w)
     assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
     # and from tokens: the two forms are one function
@@ -145,10 +145,13 @@ def test_quantize_activations(backend, bits, mask):
     codes = numpy_encode(residual, residual_step, w.residual_bits)
     off = near_ties(residual, residual_step, 2 * blur) * residual_step + np.abs(codes) * blur / (2 ** (w.residual_bits - 1) - 1)
     serves = np.asarray(text)[:, None]
-    for branch, values, slack in ((w.cws, main * main_step, 0.0), (w.mac, codes * residual_step * serves, off * serves)):
-        u, v = numpy_matrix(branch.u), np.asarray(branch.v.scale, np.float64).T
-        parts.append(values @ u * v)
-        magnitudes.append((np.abs(values) + slack / ACCUMULATION) @ np.abs(u) * v)
+    u, v = numpy_matrix(w.branches.u), np.asarray(w.branches.v.scale, np.float64).T
+    cws, mac = (np.zeros(u.shape[1]) for _ in range(2))
+    cws[: w.branches.cws.size], mac[-w.branches.mac.size :] = w.branches.cws, w.branches.mac
+    x_hat, sent = main * main_step, codes * residual_step * serves
+    parts.append((x_hat @ u * cws + sent @ u * mac) * v)
+    sizes = np.abs(x_hat) @ np.abs(u) * np.abs(cws) + (np.abs(sent) + off * serves / ACCUMULATION) @ np.abs(u) * np.abs(mac)
+    magnitudes.append(sizes * v)
     at = 0
     for segment, part, magnitude in zip(operands.segments(w), parts, magnitudes, strict=True):
         assert_close(got.side[:, at : at + segment.w.rows], part, magnitude, jnp.bfloat16)

@@ -63,6 +63,8 @@ VARIANTS = {
     "gates": recipes.splitq("w4a4").replace(split=SPLIT, cws_start=0.7, mac_start=0.7),
     "free": recipes.splitq("w4a4").replace(split=SPLIT, cws="free", mac="free", cws_start=0.5, mac_start=0.5),
     "per layer": recipes.splitq("w4a4").replace(split=SPLIT, cws_start=0.5, mac_start=0.5, svd_per="layer"),
+    "wide cws": recipes.splitq("w4a4").replace(split=SPLIT, cws_start=0.5, mac_start=0.5, cws_rate=0.08, mac_rate=0.03),
+    "one free": recipes.splitq("w4a4").replace(split=SPLIT, cws="free", mac_start=0.5, cws_start=0.5),
     "dense": recipes.flatquant("w4a4").replace(transform="dense"),
     "both": recipes.splitq_fixed("w4a4").replace(split=SPLIT, mac_tokens="both", side_bits=8),
 }
@@ -122,8 +124,8 @@ def numpy_split_linear(x, w, leaf, bits):
             continue
         u, s, v = np.linalg.svd(w[channels], full_matrices=False)
         pairs = []
-        for branch in (leaf.cws, leaf.mac):
-            r = branch.u.shape[1]
+        for gate in (leaf.branches.cws, leaf.branches.mac):
+            r = gate.size
             pairs.append((np.linalg.solve(p, u[:, :r] * np.sqrt(s[:r])), np.sqrt(s[:r])[:, None] * v[:r]))
         (us, vs), (uc, vc) = pairs
         y = y + x_hat @ q(wt - us @ vs, w_bits, 0, w_clip) + x_hat @ q(us, side[0], 0) @ q(vs, side[0], 1)
@@ -132,9 +134,10 @@ def numpy_split_linear(x, w, leaf, bits):
     return y
 
 
+@pytest.mark.parametrize("rates", [(None, None), (0.08, 0.03)], ids=["narrow cws", "wide cws"])
 @pytest.mark.parametrize("scheme", ["w4a4", "w3a2"])
-def test_splitq_is_the_paper_in_numpy(scheme, params, stats):
-    recipe = recipes.splitq_fixed(scheme).replace(split=SPLIT)
+def test_splitq_is_the_paper_in_numpy(scheme, rates, params, stats):
+    recipe = recipes.splitq_fixed(scheme).replace(split=SPLIT, cws_rate=rates[0], mac_rate=rates[1])
     frozen = sq.quantize(params, stats, recipe)
     x = planted_tokens(2)
     leaf = kernels(frozen)[PATH]
@@ -205,18 +208,21 @@ def test_gptq_is_its_sequential_definition():
 
 def test_low_rank_factors_are_the_truncated_svd(params):
     w = kernels(params)[PATH]
-    ((u, v),) = acc.svd_factors(w, (5,))
+    u, v = acc.svd_factors(w, (2, 5))
     full = np.linalg.svd(np.asarray(w, np.float64), full_matrices=False)
-    np.testing.assert_allclose(u @ v, (full[0][:, :5] * full[1][:5]) @ full[2][:5], atol=1e-5)
-    _, (u, v) = acc.svd_factors(w, (1, 3), (40, 30, 26))
+    for r in (2, 5):
+        np.testing.assert_allclose(u[:, :r] @ v[:r], (full[0][:, :r] * full[1][:r]) @ full[2][:r], atol=1e-5)
+    u, v = acc.svd_factors(w, (1, 3), (40, 30, 26))
     assert u.shape == (D, 9) and v.shape == (9, N)
     second = np.linalg.svd(np.asarray(w[:, 40:70], np.float64), full_matrices=False)
-    np.testing.assert_allclose((u @ v)[:, 40:70], (second[0][:, :3] * second[1][:3]) @ second[2][:3], atol=1e-5)
+    for r in (1, 3):
+        product = u[:, : 3 * r] @ v[: 3 * r]
+        np.testing.assert_allclose(product[:, 40:70], (second[0][:, :r] * second[1][:r]) @ second[2][:r], atol=1e-5)
     assert [acc.rank_of(0.02, *a) for a in ((560, 960, 560), (3456, 4608, 3456), (20, 9, 20))] == [11, 80, 1]
 
 
 def test_learnable_parts_come_apart_and_together(params, stats):
-    for name in ("splitq", "free", "rtn", "flatquant"):
+    for name in ("splitq", "free", "one free", "rtn", "flatquant"):
         site = kernels(prepare(params, stats, VARIANTS[name]))[PATH]
         parts = learnable(site)
         again = with_learnable(site, parts)
@@ -226,6 +232,12 @@ def test_learnable_parts_come_apart_and_together(params, stats):
         if name == "splitq":
             assert set(parts["clips"]) == {"groups", "cws", "mac"} and len(parts["transforms"]["groups"]) == 3
             assert (doubled.groups[2].transform.p2 == 2 * site.groups[2].transform.p2).all()
+        if "free" in name:
+            learned = [k for k in ("cws", "mac") if k in parts["transforms"]]
+            assert learned == (["cws"] if name == "one free" else ["cws", "mac"])
+            r = site.branches.cws.size
+            assert (doubled.branches.v[:r] == 2 * site.branches.v[:r]).all()
+            assert (doubled.branches.v[r:] == site.branches.v[r:] * (1 if name == "one free" else 2)).all()
         if name == "rtn":
             assert not jax.tree.leaves(parts)
 

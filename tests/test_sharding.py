@@ -17,8 +17,9 @@ from tiny import CONFIG, batches, model_and_params
 
 import splitq_jax as sq
 from splitq_jax import models, sharding
+from splitq_jax.acc import LowRank
 from splitq_jax.errors import InputError
-from splitq_jax.linear import Branch, Group
+from splitq_jax.linear import Group
 from splitq_jax.qtensor import quantize_matrix
 from splitq_jax.transforms import Transform
 
@@ -52,12 +53,10 @@ def quantized() -> tuple[Any, Any]:
         transform = Transform(jnp.ones(k), None, jnp.eye(k))
         return Group(transform, None, quantize_matrix(jnp.asarray(rng.standard_normal((k, 32)), jnp.float32), 3), 16)
 
-    def branch(k: int) -> Branch:
-        u, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((k, 4), (4, 32)))
-        return Branch(quantize_matrix(u, 8), quantize_matrix(v, 8, axis=1))
-
+    u, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((32, 4), (4, 32)))
+    branches = LowRank(quantize_matrix(u, 8), quantize_matrix(v, 8, axis=1), jnp.ones(3), jnp.ones(4))
     perm = jnp.asarray(rng.permutation(48), jnp.int32)
-    site["kernel"] = sq.SplitWeight(perm, (rows(32), rows(8), rows(8)), branch(32), branch(32), "text", 16)
+    site["kernel"] = sq.SplitWeight(perm, (rows(32), rows(8), rows(8)), branches, "text", 16)
     return model, params
 
 
@@ -97,13 +96,13 @@ SPECS: list[tuple[str, tuple[int, ...], P]] = [
     (f"{LAYER}/down/kernel/groups/2/w/scale", (4, 33), P(None, None)),
     (f"{LAYER}/down/kernel/groups/0/transform/p1", (8, 8), P()),
     (f"{LAYER}/down/kernel/perm", (48,), P()),
-    (f"{LAYER}/down/kernel/cws/u/words/0", (48, 4), P()),
-    (f"{LAYER}/down/kernel/cws/u/scale", (1, 4), P()),
-    (f"{LAYER}/down/kernel/mac/v/words/0", (4, 32), P(None, ("tensor", "fsdp"))),
-    (f"{LAYER}/down/kernel/mac/v/scale", (4, 1), P(None, None)),
+    (f"{LAYER}/down/kernel/branches/u/words/0", (48, 4), P()),
+    (f"{LAYER}/down/kernel/branches/u/scale", (1, 4), P()),
+    (f"{LAYER}/down/kernel/branches/v/words/0", (4, 32), P(None, ("tensor", "fsdp"))),
+    (f"{LAYER}/down/kernel/branches/v/scale", (4, 1), P(None, None)),
     # under calibration
     (f"{LAYER}/down/kernel/w", (48, 32), P("tensor", "fsdp")),
-    (f"{LAYER}/down/kernel/cws/u", (48, 4), P("tensor", None)),
+    (f"{LAYER}/down/kernel/branches/u", (48, 4), P("tensor", None)),
     (f"{LAYER}/down/kernel/groups/0/w_clip", (2, 32), P(None, "fsdp")),
     # no parameter, and another number of axes than a parameter of that name has
     ("decoder.blocks_0.qkv/absmax", (3, 32), P()),
@@ -132,7 +131,7 @@ def test_shardings_have_the_structure_of_the_tree(quantized: tuple[Any, Any]) ->
     assert jax.tree.structure(places) == jax.tree.structure(params)
     site = places["decoder"]["blocks_0"]["down"]["kernel"]
     assert [words.spec for words in site.groups[0].w.words] == [P(None, ("tensor", "fsdp"))]
-    assert site.cws.u.words[0].spec == P() and site.perm.spec == P()
+    assert site.branches.u.words[0].spec == P() and site.perm.spec == P()
     assert same(jax.device_put(params, places), params)
     shapes = jax.eval_shape(lambda: params)  # a template will do
     assert sharding.of(shapes, mesh) == places

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from splitq_jax.acc import LowRank
 from splitq_jax.kernels.operands import Activations, side_width
-from splitq_jax.linear import Branch, Group, SplitWeight
+from splitq_jax.linear import Group, SplitWeight
 from splitq_jax.mocd import SplitSize
 from splitq_jax.packing import TILE_ROWS, padded_rows
 from splitq_jax.qtensor import QTensor
@@ -119,16 +120,20 @@ def site(width: int, columns: int, bits: tuple[int, int], split: bool = True) ->
         n1, n2 = factors(size)
         return Transform(array((size,), "float32"), array((n1, n1), "float32") if n1 > 1 else None, array((n2, n2), "float32"))
 
-    def branch(rate: float) -> Branch | None:
-        rank = -(-round(rate * min(sizes[0], columns)) // 16) * 16
-        return Branch(matrix(sizes[0], rank, side_w), matrix(rank, columns, side_w, row_scales=True)) if split else None
+    def rank(rate: float) -> int:
+        return -(-round(rate * min(sizes[0], columns)) // 16) * 16
 
+    branches = None
+    if split:
+        most = rank(0.03 if a_bits < 16 else 0.02)
+        gates = array((rank(0.02),), "float32"), array((most,), "float32") if a_bits < 16 else None
+        branches = LowRank(matrix(sizes[0], most, side_w), matrix(most, columns, side_w, row_scales=True), *gates)
     groups = tuple(
         Group(transform(size), array((2,), "float32"), matrix(size, columns, side_w if i else w_bits), side_a if i else a_bits)
         for i, size in enumerate(sizes)
     )
     perm = array((width,), "int32") if split else None
-    return SplitWeight(perm, groups, branch(0.02), branch(0.03) if a_bits < 16 else None, "text", side_a)
+    return SplitWeight(perm, groups, branches, "text", side_a)
 
 
 def activations(tokens: int, w: SplitWeight) -> Activations:

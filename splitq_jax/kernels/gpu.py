@@ -57,8 +57,8 @@ def _relayout_site(w: SplitWeight) -> SplitWeight:
     main, *others = w.groups
     groups = [replace(main, w=_fragments(main.w, BFLOAT16 if keeps_floats(w) else INT8, STEP))]
     groups += [replace(g, w=_fragments(g.w, BFLOAT16, SIDE_STEP)) for g in others]
-    cws, mac = (None if b is None else replace(b, v=_fragments(b.v, BFLOAT16, SIDE_STEP)) for b in (w.cws, w.mac))
-    return replace(w, groups=tuple(groups), cws=cws, mac=mac)
+    branches = None if w.branches is None else replace(w.branches, v=_fragments(w.branches.v, BFLOAT16, SIDE_STEP))
+    return replace(w, groups=tuple(groups), branches=branches)
 
 
 def _fragments(w: QTensor, elements: int, multiple: int) -> QTensor:

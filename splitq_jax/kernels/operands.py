@@ -1,9 +1,9 @@
 """What the kernels of every backend share: the operands, what of a site goes into which, and the parts that XLA computes.
 
 A site's product is ``y = s_x s_w (codes . W_m) + side . B + bias``. ``side``, R columns, carries all that is narrow:
-``[x_t | x_v | X U_s | Q(D) U_c]``, each already rescaled per token; ``B``'s rows are ``[W_t; W_v; V_s; V_c]``. So one narrow product
-in the epilogue serves the side groups and both low-rank branches. Accelerators hold both of its operands in bfloat16, as a float model
-would; the reference holds them in float32.
+``[x_t | x_v | X U g_s + D U g_c]``, each already rescaled per token (D: MAC's residual, 0 for tokens that MAC does not serve; g: the
+gates); ``B``'s rows are ``[W_t; W_v; V]``. So one narrow product in the epilogue serves the side groups and both low-rank branches.
+Accelerators hold both of its operands in bfloat16, as a float model would; the reference holds them in float32.
 """
 
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from splitq_jax.acc import LowRank
 from splitq_jax.numerics import FLOAT_BITS
 from splitq_jax.qtensor import QTensor
 from splitq_jax.site import served_by_mac, split
@@ -45,9 +46,9 @@ class Segment(NamedTuple):
 
 
 def segments(w: SplitWeight) -> list[Segment]:
-    """Return the rows of ``B`` in order: text and vision group, CWS, MAC, without those that the site lacks."""
+    """Return the rows of ``B`` in order: text and vision group, V, without those that the site lacks."""
     groups = [Segment(g.w, g.w.scale) for g in w.groups[1:]]
-    return groups + [Segment(b.v, None) for b in (w.cws, w.mac) if b is not None]
+    return groups if w.branches is None else [*groups, Segment(w.branches.v, None)]
 
 
 def side_width(w: SplitWeight) -> int:
@@ -67,14 +68,22 @@ def mac_mask(w: SplitWeight, is_text: Bool[Array, " M"] | None, tokens: int) -> 
     return served_by_mac(w.mac_tokens, is_text, (tokens,)).astype(jnp.float32)
 
 
-def row_scale(v: QTensor) -> Float[Array, "1 r"] | None:
-    """Return the scales of V's rows as factors of ``side``'s columns; None at 16 bits."""
-    return None if v.scale is None else v.scale.reshape(1, -1)
+def gate_scales(branches: LowRank) -> tuple[Float[Array, "1 R"] | None, Float[Array, "1 R"] | None]:
+    """Return what CWS's and MAC's products with ``U`` are multiplied by, None for one that is off: its gate and the scales of V's rows."""
+    scale = branches.v.scale
+    rows = 1.0 if scale is None else scale.reshape(1, -1)  # None at 16 bits
+    cws, mac = branches.diagonals()
+    return None if cws is None else cws[None, :] * rows, None if mac is None else mac[None, :] * rows
 
 
 def widen(x: Array, columns: int) -> Array:
     """Append zero columns up to ``columns``."""
     return x if x.shape[-1] == columns else jnp.pad(x, ((0, 0), (0, columns - x.shape[-1])))
+
+
+def has_mac(w: SplitWeight) -> bool:
+    """Return whether a site compensates."""
+    return w.branches is not None and w.branches.mac is not None
 
 
 def keeps_floats(w: SplitWeight) -> bool:

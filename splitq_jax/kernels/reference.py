@@ -8,8 +8,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from splitq_jax.kernels.operands import (
     Activations,
     Segment,
+    gate_scales,
     mac_mask,
-    row_scale,
     segments,
     transformed,
     widen,
@@ -31,12 +31,16 @@ def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
     for group, x_j in zip(w.groups[1:], others, strict=True):
         codes, step = quantize(x_j, group.a_bits, group.a_clip)
         parts.append(codes if step is None else codes.astype(step.dtype) * step)
-    if w.cws is not None:
-        parts.append(narrow(values, scale, w.cws.u, row_scale(w.cws.v)))
-    if w.mac is not None:
-        x_hat = values if scale is None else values.astype(scale.dtype) * scale
-        residual, step = quantize(main - x_hat, w.residual_bits, None)
-        parts.append(narrow(residual, step, w.mac.u, row_scale(w.mac.v)) * mac_mask(w, is_text, x.shape[0]))
+    if w.branches is not None:
+        u, (cws, mac) = w.branches.u, gate_scales(w.branches)
+        narrow = jnp.zeros((x.shape[0], w.branches.rank), jnp.float32)
+        if cws is not None:
+            narrow += matmul(values, scale, u) * cws
+        if mac is not None:
+            x_hat = values if scale is None else values.astype(scale.dtype) * scale
+            residual, step = quantize(main - x_hat, w.residual_bits, None)
+            narrow += matmul(residual, step, u) * mac * mac_mask(w, is_text, x.shape[0])
+        parts.append(narrow)
     padded = [widen(part, s.w.padded_rows) for part, s in zip(parts, segments(w), strict=True)]
     side = jnp.concatenate(padded, axis=1) if padded else None
     return Activations(widen(values, w.groups[0].w.padded_rows), scale, side)
@@ -48,12 +52,6 @@ def quantize(x: Float[Array, "M K"], bits: int, clip: Float[Array, " 2"] | None)
         return x, None
     scale = scale_of(x, bits, clip)
     return encode(x, scale, bits), scale
-
-
-def narrow(values: Array, scale: Float[Array, "M 1"] | None, u: QTensor, rows: Float[Array, "1 r"] | None) -> Float[Array, "M r"]:
-    """Return ``X U`` with the scales of both sides of each singular direction."""
-    y = matmul(values, scale, u)
-    return y if rows is None else y * rows
 
 
 def matmul(values: Array, scale: Float[Array, "M 1"] | None, w: QTensor) -> Float[Array, "M N"]:

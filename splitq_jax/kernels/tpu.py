@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from splitq_jax.kernels import tiles
-from splitq_jax.kernels.operands import Activations, keeps_floats, row_scale, segments, side_width, transformed, widen
+from splitq_jax.kernels.operands import Activations, gate_scales, has_mac, keeps_floats, segments, side_width, transformed, widen
 from splitq_jax.kernels.tpu_matmul import Filler, Side, matmul
 from splitq_jax.kernels.tpu_quantizer import body, fill, plan_of
 from splitq_jax.kernels.tpu_words import pad_rows, stored_type
@@ -30,14 +30,14 @@ def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
     if isinstance(w, QTensor):
         return _refuses_matrix(w)
     main, *side = (g.w for g in w.groups)
-    narrow = [m for b in (w.cws, w.mac) if b is not None for m in (b.u, b.v)]
+    narrow = [] if w.branches is None else [w.branches.u, w.branches.v]
     if reason := _refuses_matrix(main):
         return reason
     if any(m.bits not in {4, 8} for m in (*side, *narrow)):
         return "side groups or branches of other than 4 or 8 bits"
     if main.group != main.rows:
         return "a split site with grouped scales"
-    if keeps_floats(w) and w.mac is not None:
+    if keeps_floats(w) and has_mac(w):
         return "MAC with activations that stay floats"
     return None
 
@@ -90,10 +90,9 @@ def quantize_activations(
 def _float_activations(x: Float[Array, "M D"], w: SplitWeight) -> Activations:
     main, *others = transformed(x, w)
     parts = [widen(x_j, g.w.padded_rows) for x_j, g in zip(others, w.groups[1:], strict=True)]
-    if w.cws is not None:
-        rows = row_scale(w.cws.v)
-        narrow = main @ w.cws.u.decode()
-        parts.append(widen(narrow if rows is None else narrow * rows, w.cws.v.padded_rows))
+    if w.branches is not None:
+        cws, _ = gate_scales(w.branches)
+        parts.append(widen(main @ w.branches.u.decode() * cws, w.branches.v.padded_rows))
     side = jnp.concatenate(parts, axis=1).astype(jnp.bfloat16) if parts else None
     return Activations(widen(main, w.groups[0].w.padded_rows).astype(jnp.bfloat16), None, side)
 
@@ -154,8 +153,8 @@ def _tiled(w: QTensor, rows: int = 0) -> QTensor:
 def _tiled_site(w: SplitWeight) -> SplitWeight:
     groups = tuple(replace(g, w=_tiled(g.w)) for g in w.groups)
     rows = groups[0].w.padded_rows
-    cws, mac = (None if b is None else replace(b, u=_tiled(b.u, rows), v=_tiled(b.v)) for b in (w.cws, w.mac))
-    return replace(w, groups=groups, cws=cws, mac=mac)
+    b = w.branches
+    return replace(w, groups=groups, branches=None if b is None else replace(b, u=_tiled(b.u, rows), v=_tiled(b.v)))
 
 
 def _reseat(side: Float[Array, "M R"] | None, source: SplitWeight, target: SplitWeight) -> Float[Array, "M S"] | None:

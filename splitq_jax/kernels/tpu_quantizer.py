@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from splitq_jax.kernels import tiles
-from splitq_jax.kernels.operands import mac_mask, row_scale, transformed, widen
+from splitq_jax.kernels.operands import gate_scales, has_mac, mac_mask, transformed, widen
 from splitq_jax.kernels.tpu_words import dot, expand, operand_type
 
 if TYPE_CHECKING:
@@ -22,14 +22,16 @@ class Plan(NamedTuple):
 
     Attributes:
       groups: (bits, has clips) of each group.
-      u: (bits of the codes, columns of ``side``) of CWS and of MAC, None for one that the site lacks.
+      u_bits: of the codes of ``U``, 0 where the site has no branch.
+      branches: whether it has CWS, and MAC.
       residual_bits: of MAC's residual.
       widths: columns of ``side`` of each side group.
       operand: the type in which codes meet ``U``.
     """
 
     groups: tuple[tuple[int, bool], ...]
-    u: tuple[tuple[int, int] | None, tuple[int, int] | None]
+    u_bits: int
+    branches: tuple[bool, bool]
     residual_bits: int
     widths: tuple[int, ...]
     operand: Any
@@ -41,24 +43,24 @@ def plan_of(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] |
     main = w.groups[0]
     by_token[0] = widen(by_token[0], main.w.padded_rows)
     others = [g.a_clip[None, :] for g in w.groups if g.a_clip is not None]
-    us: list[tuple[int, int] | None] = []
-    for branch in (w.cws, w.mac):
-        us.append(None if branch is None else (branch.u.bits, branch.v.padded_rows))
-        if branch is not None:
-            rows = row_scale(branch.v)
-            others += [branch.u.words[0], branch.u.scale if rows is None else branch.u.scale * rows]
-    if w.mac is not None:
+    scales: tuple[Array | None, Array | None] = (None, None)
+    if w.branches is not None:
+        u, scales = w.branches.u, gate_scales(w.branches)
+        others += [u.words[0], *(u.scale * scale for scale in scales if scale is not None)]
+    if has_mac(w):
         by_token.append(mac_mask(w, is_text, x.shape[0]))
     groups = tuple((g.a_bits, g.a_clip is not None) for g in w.groups)
     widths = tuple(g.w.padded_rows for g in w.groups[1:])
     operand = operand_type(tiles.chip(), max(main.a_bits, w.residual_bits))
-    return Plan(groups, (us[0], us[1]), w.residual_bits, widths, operand), by_token, others
+    has_cws, has_mac_too = (scale is not None for scale in scales)
+    bits = 0 if w.branches is None else w.branches.u.bits
+    return Plan(groups, bits, (has_cws, has_mac_too), w.residual_bits, widths, operand), by_token, others
 
 
 def _quantize(plan: Plan, refs: list[Any], tokens: int, interpret: bool) -> tuple[Array, Array, list[tuple[int, Array]]]:
     """Return int8 codes and steps of the main group, and the parts of ``side`` with the columns that they start at."""
     xs = [ref[...] for ref in refs[: len(plan.groups)]]
-    mask = refs[len(plan.groups)][...] if plan.u[1] is not None else None
+    mask = refs[len(plan.groups)][...] if plan.branches[1] else None
     rest = iter(refs[len(plan.groups) + (mask is not None) :])
     quantized = []
     for x, (bits, has_clip) in zip(xs, plan.groups, strict=True):
@@ -69,15 +71,16 @@ def _quantize(plan: Plan, refs: list[Any], tokens: int, interpret: bool) -> tupl
     for (side_codes, side_step), width in zip(quantized[1:], plan.widths, strict=True):
         parts.append((at, side_codes * side_step))
         at += width
-    for i, u in enumerate(plan.u):
-        if u is None:
-            continue
-        words, scale = next(rest)[...], next(rest)[...]
-        values, value_step = (codes, step) if i == 0 else _encode(xs[0] - codes * step, plan.residual_bits, None)
-        operand = plan.operand if u[0] <= 4 else jnp.int8
-        narrow = dot(_as(values, operand), expand(words, u[0], operand), interpret).astype(jnp.float32) * scale * value_step
-        parts.append((at, narrow if i == 0 else narrow * mask))
-        at += u[1]
+    if plan.u_bits:
+        operand = plan.operand if plan.u_bits <= 4 else jnp.int8
+        u, narrow = expand(next(rest)[...], plan.u_bits, operand), None
+        if plan.branches[0]:
+            narrow = dot(_as(codes, operand), u, interpret).astype(jnp.float32) * next(rest)[...] * step
+        if plan.branches[1]:
+            residual, residual_step = _encode(xs[0] - codes * step, plan.residual_bits, None)
+            sent = dot(_as(residual, operand), u, interpret).astype(jnp.float32) * next(rest)[...] * (residual_step * mask)
+            narrow = sent if narrow is None else narrow + sent
+        parts.append((at, narrow))
     return codes, step, parts
 
 
