@@ -10,6 +10,7 @@ import platform
 import tempfile
 import time
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -40,8 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions")
     parser.add_argument("--split", dest="part", default="test", choices=("validation", "test"), help="of the questions")
-    parser.add_argument("--label", default="", help="added to the method's name where flags change it")
-    add_fields(parser.add_argument_group("recipe"), Recipe, RECIPE_FLAGS)
+    add_fields(parser.add_argument_group("recipe", "added to the methods' names in the table"), Recipe, RECIPE_FLAGS)
     add_fields(parser.add_argument_group("training"), FitConfig, FIT_FLAGS)
     args = parser.parse_args()
     console = make_console()
@@ -58,13 +58,16 @@ def main() -> None:
         raise SystemExit(f"{args.out}: rows of {stored['settings']}, this run has {settings}; use another --out")
     rows = [evaluation.Row(**r) for r in stored["rows"]]
     done = {(r.method, r.scheme, r.seed) for r in rows}
-    wanted = [
-        recipe.named(method, scheme).replace(seed=seed, **given(args, Recipe))
-        for scheme in args.schemes
-        for seed in args.seeds
-        for method in args.methods
-    ]
-    wanted = [r.replace(method=r.method + args.label) for r in wanted]
+    changes = given(args, Recipe)
+    wanted = []
+    for scheme, seed, method in product(args.schemes, args.seeds, args.methods):
+        made = recipe.named(method, scheme)
+        named = made.replace(method=",".join((made.method, *(f"{k}={v}" for k, v in changes.items()))), seed=seed, **changes)
+        if (named.method, scheme, seed) not in done:
+            wanted.append(named)
+    if not wanted:
+        console.print(evaluation.table(rows))
+        return
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
         demo_model.build(args.size, Path(folder) / "model", seed=args.model_seed)
         setup = Setup.open(Path(folder) / "model", EasyVqa(Path(folder) / "data"))
@@ -74,7 +77,7 @@ def main() -> None:
             rows.append(result_row(reference, setup.params, "float", "float", 0, 0.0))
         held_out = setup.calibration(32, 0, "validation")
         for seed in args.seeds:
-            todo = [r for r in wanted if r.seed == seed and (r.method, r.scheme, seed) not in done]
+            todo = [r for r in wanted if r.seed == seed]
             if not todo:
                 continue
             samples = setup.calibration(128, seed)
