@@ -38,7 +38,7 @@ class TrainableSplit:
 
     Attributes:
       w: the float weight, rows in the model's order.
-      perm: ``[C_m | C_t | C_v]``.
+      perm: ``[C_m | C_t | C_v]``, C_m ascending.
       groups: one per non-empty group, in that order; main first.
       branches: CWS and MAC, or None.
       bits: (main weight, main activation, side weight, side activation); an array, so that one compiled step serves every scheme.

@@ -159,7 +159,10 @@ def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), apart=False,
         )
         for i, k in enumerate(sizes)
     )
-    perm = jnp.asarray(rng.permutation(width), jnp.int32) if len(sizes) > 1 else None
+    perm = None
+    if len(sizes) > 1:
+        main, others = np.split(rng.permutation(width), [sizes[0]])
+        perm = jnp.asarray(np.concatenate([np.sort(main), others]), jnp.int32)
     return SplitWeight(perm, groups, branches, "text", side_a)
 
 

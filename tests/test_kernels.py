@@ -3,6 +3,7 @@
 import importlib
 import logging
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -27,7 +28,7 @@ from kernel_reference import (
 )
 
 from splitq_jax.errors import InputError
-from splitq_jax.kernels import api, operands
+from splitq_jax.kernels import api, operands, tpu_quantizer
 from splitq_jax.linear import linear
 from splitq_jax.packing import TILE_ROWS
 from splitq_jax.qtensor import quantize_groups, quantize_matrix
@@ -177,6 +178,19 @@ def test_transforms_come_before_the_quantizer(backend):
     differs = codes != np.asarray(got.values)[:, :k]
     distance = np.abs(np.abs(expected / scale - np.floor(expected / scale)) - 0.5)
     assert differs.mean() < 1e-4 and (distance[differs] < 1e-4).all()
+
+
+@pytest.mark.parametrize(("width", "side"), [(576, 16), (1536, 64), (3584, 128), (1100, 200)])
+def test_channels_picked_by_products(width, side):
+    """On TPU a few tokens meet ones and zeros: exactly what an index gives, the largest and the smallest channels split off or not."""
+    w = site_of(8, width, 128, (4, 4), side=side, ranks=(0, 0))
+    lowest = jnp.roll(jnp.arange(width), -2 * side)  # the first channels are the side's
+    for site in (w, replace(w, perm=lowest), replace(w, perm=jnp.arange(width))):
+        x = tokens_of(8, 19, width)
+        for got, expected in zip(tpu_quantizer.picked(x, site), operands.picked(x, site), strict=True):
+            assert got.dtype == expected.dtype and (got == expected).all()
+    shuffled = replace(w, perm=w.perm[::-1])  # outside what the site promises: never silently wrong
+    assert jnp.isnan(tpu_quantizer.picked(x, shuffled)[0]).all()
 
 
 @pytest.mark.parametrize(("bits", "count"), [((4, 8), 1), ((4, 4), 33), ((3, 8), 16), ((3, 3), 1)], ids=str)

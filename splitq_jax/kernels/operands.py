@@ -56,11 +56,14 @@ def side_width(w: SplitWeight) -> int:
     return sum(s.w.padded_rows for s in segments(w))
 
 
-def transformed(x: Float[Array, "M D"], w: SplitWeight) -> list[Float[Array, "M K"]]:
-    """Return every group's channels after its transform, float32."""
-    # channels are picked before they are widened: half the bytes
-    tokens = [x] if w.perm is None else split(x[:, w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
-    return [apply(g.transform, x_j.astype(jnp.float32)) for g, x_j in zip(w.groups, tokens, strict=True)]
+def picked(x: Float[Array, "M D"], w: SplitWeight) -> list[Float[Array, "M K"]]:
+    """Return every group's channels."""
+    return [x] if w.perm is None else split(x[:, w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
+
+
+def transformed(channels: list[Float[Array, "M K"]], w: SplitWeight) -> list[Float[Array, "M K"]]:
+    """Return every group's channels after its transform, float32: widened here, for picking moves half the bytes before."""
+    return [apply(g.transform, x_j.astype(jnp.float32)) for g, x_j in zip(w.groups, channels, strict=True)]
 
 
 def mac_mask(w: SplitWeight, is_text: Bool[Array, " M"] | None, tokens: int) -> Float[Array, "M 1"]:

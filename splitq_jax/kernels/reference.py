@@ -10,6 +10,7 @@ from splitq_jax.kernels.operands import (
     Segment,
     gate_scales,
     mac_mask,
+    picked,
     segments,
     transformed,
     widen,
@@ -25,7 +26,7 @@ else:
 
 def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None) -> Activations:
     """Transform, split and quantize tokens, and compute the narrow operand (see `api.quantize_activations`)."""
-    main, *others = transformed(x, w)
+    main, *others = transformed(picked(x, w), w)
     values, scale = quantize(main, w.groups[0].a_bits, w.groups[0].a_clip)
     parts = []
     for group, x_j in zip(w.groups[1:], others, strict=True):

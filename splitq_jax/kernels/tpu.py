@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from splitq_jax.kernels import tiles
 from splitq_jax.kernels.operands import Activations, gate_scales, has_mac, keeps_floats, segments, side_width, transformed, widen
 from splitq_jax.kernels.tpu_matmul import Filler, Side, matmul
-from splitq_jax.kernels.tpu_quantizer import body, fill, plan_of
+from splitq_jax.kernels.tpu_quantizer import body, fill, picked, plan_of
 from splitq_jax.kernels.tpu_words import pad_rows, stored_type
 from splitq_jax.numerics import FLOAT_BITS
 from splitq_jax.packing import SLAB, TILE_ROWS, slab_rows
@@ -88,7 +88,7 @@ def quantize_activations(
 
 
 def _float_activations(x: Float[Array, "M D"], w: SplitWeight) -> Activations:
-    main, *others = transformed(x, w)
+    main, *others = transformed(picked(x, w), w)
     parts = [widen(x_j, g.w.padded_rows) for x_j, g in zip(others, w.groups[1:], strict=True)]
     if w.branches is not None:
         cws, _ = gate_scales(w.branches)

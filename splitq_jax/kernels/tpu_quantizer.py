@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from splitq_jax.kernels import tiles
+from splitq_jax.kernels import operands, tiles
 from splitq_jax.kernels.operands import gate_scales, has_mac, mac_mask, transformed, widen
 from splitq_jax.kernels.tpu_words import dot, expand, operand_type
+from splitq_jax.site import split
 
 if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
@@ -15,6 +16,7 @@ else:
     SplitWeight = Any
 
 TINY = 1.1754943508222875e-38
+PICKED_BY_PRODUCTS = 512  # tokens up to which that is faster
 
 
 class Plan(NamedTuple):
@@ -37,9 +39,31 @@ class Plan(NamedTuple):
     operand: Any
 
 
+def picked(x: Float[Array, "M D"], w: SplitWeight) -> list[Float[Array, "M K"]]:
+    """`operands.picked`; few tokens in bfloat16 by products with 0 and 1, for a TPU takes longer to pick 4,096 lanes of 16 tokens.
+
+    The main group's channels are ascending, with at most the side's many left out before each. So the outputs of a tile of lanes lie
+    within that tile and the next ones, and the products are narrow. Channels in another order give NaN.
+    """
+    if w.perm is None or x.shape[0] > PICKED_BY_PRODUCTS or x.dtype != jnp.bfloat16:
+        return operands.picked(x, w)
+    width, main, lanes = x.shape[1], w.groups[0].w.rows, tiles.LANES
+    blocks, reach = -(-main // lanes), 1 + -(-(width - main) // lanes)  # tiles of lanes: of outputs, and that one of them reads
+    first = lanes * jnp.arange(blocks)[:, None]
+    # what fills the last tile is cut off below
+    offset = jnp.pad(w.perm[:main], (0, blocks * lanes - main), constant_values=lanes * (blocks - 1)).reshape(blocks, lanes) - first
+    tiled = jnp.pad(x, ((0, 0), (0, (blocks + reach - 1) * lanes - width))).reshape(x.shape[0], -1, lanes)
+    windows = jnp.concatenate([tiled[:, i : i + blocks] for i in range(reach)], axis=2)  # M blocks reach*lanes
+    ones = jnp.arange(reach * lanes)[None, :, None] == offset[:, None, :]  # blocks reach*lanes lanes
+    y = jnp.einsum("mbi,bio->mbo", windows, ones.astype(x.dtype)).reshape(x.shape[0], -1)[:, :main]
+    y = jnp.where(jnp.all((offset >= 0) & (offset < reach * lanes)), y, jnp.nan)
+    side = x @ (jnp.arange(width)[:, None] == w.perm[None, main:]).astype(x.dtype)
+    return [y, *split(side, tuple(g.w.rows for g in w.groups[1:]), axis=-1)]
+
+
 def plan_of(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None) -> tuple[Plan, list[Array], list[Array]]:
     """Return the plan, the arrays with a row per token, and the others."""
-    by_token = list(transformed(x, w))
+    by_token = transformed(picked(x, w), w)
     main = w.groups[0]
     by_token[0] = widen(by_token[0], main.w.padded_rows)
     others = [g.a_clip[None, :] for g in w.groups if g.a_clip is not None]
