@@ -76,9 +76,8 @@ def plan_of(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] |
     groups = tuple((g.a_bits, g.a_clip is not None) for g in w.groups)
     widths = tuple(g.w.padded_rows for g in w.groups[1:])
     operand = operand_type(tiles.chip(), max(main.a_bits, w.residual_bits))
-    has_cws, has_mac_too = (scale is not None for scale in scales)
-    bits = 0 if w.branches is None else w.branches.u.bits
-    return Plan(groups, bits, (has_cws, has_mac_too), w.residual_bits, widths, operand), by_token, others
+    u_bits, branches = 0 if w.branches is None else w.branches.u.bits, (scales[0] is not None, scales[1] is not None)
+    return Plan(groups, u_bits, branches, w.residual_bits, widths, operand), by_token, others
 
 
 def _quantize(plan: Plan, refs: list[Any], tokens: int, interpret: bool) -> tuple[Array, Array, list[tuple[int, Array]]]:
