@@ -72,17 +72,24 @@ def readme_tables() -> dict[str, str]:
         "|---" * 10 + "|",
         "| " + "| right | KL " * 4 + "| |",
     ]
-    second = [
-        "| | `demo`, full, W4A4 | | W3A3 | | `smolvlm`, light, W4A8 | | W4A4 | | W3A3 | | W3A2 | |",
-        "|---" * 13 + "|",
-        "| " + "| right | KL " * 6 + "|",
-    ]
     for method, name in NAMES.items():
         found = [cells(light, method, scheme) for scheme in schemes]
         first.append(f"| {name} | " + " | ".join(f"{right} | {kl}" for right, kl, _ in found) + f" | {found[1][2]} |")
-        others = [cells(full, method, s) for s in ("w4a4", "w3a3")] + [cells(large, method, s) for s in schemes]
-        if any(right != "–" for right, _, _ in others):
-            second.append(f"| {name} | " + " | ".join(f"{right} | {kl}" for right, kl, _ in others) + " |")
+    columns = [  # those with any row
+        (title, rows, scheme)
+        for title, rows in (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
+        for scheme in schemes
+        if any(r["scheme"] == scheme for r in rows)
+    ]
+    second = [
+        "| | " + " | | ".join(f"{title}, {scheme.upper()}" for title, _, scheme in columns) + " | |",
+        "|---" * (1 + 2 * len(columns)) + "|",
+        "| " + "| right | KL " * len(columns) + "|",
+    ]
+    for method, name in NAMES.items():
+        found = [cells(rows, method, scheme) for _, rows, scheme in columns]
+        if any(right != "–" for right, _, _ in found):
+            second.append(f"| {name} | " + " | ".join(f"{right} | {kl}" for right, kl, _ in found) + " |")
     return {"light": "\n".join(first), "further": "\n".join(second)}
 
 
