@@ -23,7 +23,17 @@ NAMES = {
     "splitq,mac_tokens=vision": "SplitQ, MAC on vision tokens",
     "splitq-fixed": "SplitQ, fixed factors",
 }
+SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
 Rows = list[dict[str, Any]]
+
+
+def means(rows: Rows, method: str, scheme: str) -> tuple[float, np.ndarray, float, int] | None:
+    """Return mean accuracy, every seed's KL, mean bits and the number of seeds of one method and scheme; None where nothing was run."""
+    seeds = [r for r in rows if (r["method"], r["scheme"]) == (method, scheme)]
+    if not seeds:
+        return None
+    right, kl, bits = (np.array([r[key] for r in seeds]) for key in ("accuracy", "kl", "effective_bits"))
+    return float(right.mean()), kl, float(bits.mean()), len(seeds)
 
 
 def markdown(rows: Rows) -> str:
@@ -36,28 +46,41 @@ def markdown(rows: Rows) -> str:
             f"| {scheme.upper()} | right | of float | KL from float | range | bits a weight | seeds |",
             "|---|---|---|---|---|---|---|",
         ]
-        group = [r for r in rows if r["scheme"] == scheme]
-        for method in dict.fromkeys(r["method"] for r in group):
-            seeds = [r for r in group if r["method"] == method]
-            right, kl, bits = (np.array([r[key] for r in seeds]) for key in ("accuracy", "kl", "effective_bits"))
-            share = 100 * right.mean() / exact["accuracy"]
-            spread = f"{kl.min():.3f}–{kl.max():.3f}"
-            lines.append(
-                f"| {method} | {100 * right.mean():.1f} % | {share:.1f} % | {kl.mean():.3f} | {spread} | {bits.mean():.2f} | {len(seeds)} |"
-            )
+        for method in dict.fromkeys(r["method"] for r in rows if r["scheme"] == scheme):
+            found = means(rows, method, scheme)
+            assert found is not None  # this scheme has it
+            right, kl, bits, seeds = found
+            share, spread = 100 * right / exact["accuracy"], f"{kl.min():.3f}–{kl.max():.3f}"
+            lines.append(f"| {method} | {100 * right:.1f} % | {share:.1f} % | {kl.mean():.3f} | {spread} | {bits:.2f} | {seeds} |")
     return "\n".join(lines)
 
 
-def cells(rows: Rows, method: str, scheme: str) -> tuple[str, str, str]:
-    """Return accuracy, KL with its range and number of seeds, and bits of one method and scheme; dashes where nothing was run."""
-    seeds = [r for r in rows if (r["method"], r["scheme"]) == (method, scheme)]
-    if not seeds:
-        return "–", "–", "–"
-    right, kl, bits = (np.array([r[key] for r in seeds]) for key in ("accuracy", "kl", "effective_bits"))
-    digits = 1 if kl.mean() >= 10 else 2 if kl.mean() >= 0.995 else 3
-    mean = f"{kl.mean():.{digits}f}"
-    spread = "" if len(seeds) == 1 or kl.min() == kl.max() else f" ({kl.min():.{digits}f}–{kl.max():.{digits}f})"
-    return f"{100 * right.mean():.1f} %", mean + spread, f"{bits.mean():.2f}"
+def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "") -> str:
+    """Return a table of the methods: accuracy and KL, with its range, for each column's title, rows and scheme, and the bits of one scheme.
+
+    Schemes that no row has, and methods that no column has, are left out; a dash stands where nothing was run.
+    """
+    columns = [column for column in columns if any(r["scheme"] == column[2] for r in column[1])]
+    lines = [
+        "| | " + " | | ".join(title for title, _, _ in columns) + " | |" + f" bits ({bits_of.upper()}) |" * bool(bits_of),
+        "|---" * (1 + 2 * len(columns) + bool(bits_of)) + "|",
+        "| " + "| right | KL " * len(columns) + "|" + " |" * bool(bits_of),
+    ]
+    for method, name in NAMES.items():
+        line, bits = f"| {name} |", "–"
+        for _, rows, scheme in columns:
+            found = means(rows, method, scheme)
+            if found is None:
+                line += " – | – |"
+                continue
+            right, kl, mean_bits, seeds = found
+            digits = 1 if kl.mean() >= 10 else 2 if kl.mean() >= 0.995 else 3
+            spread = f" ({kl.min():.{digits}f}–{kl.max():.{digits}f})" if seeds > 1 and kl.min() < kl.max() else ""
+            line += f" {100 * right:.1f} % | {kl.mean():.{digits}f}{spread} |"
+            bits = f"{mean_bits:.2f}" if scheme == bits_of else bits
+        if "%" in line:
+            lines.append(line + f" {bits} |" * bool(bits_of))
+    return "\n".join(lines)
 
 
 def readme_tables() -> dict[str, str]:
@@ -66,31 +89,11 @@ def readme_tables() -> dict[str, str]:
         json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]
         for name in ("demo_light", "demo_full", "smolvlm_light")
     )
-    schemes = ("w4a8", "w4a4", "w3a3", "w3a2")
-    first = [
-        "| | " + " | | ".join(s.upper() for s in schemes) + " | | bits (W4A4) |",
-        "|---" * 10 + "|",
-        "| " + "| right | KL " * 4 + "| |",
-    ]
-    for method, name in NAMES.items():
-        found = [cells(light, method, scheme) for scheme in schemes]
-        first.append(f"| {name} | " + " | ".join(f"{right} | {kl}" for right, kl, _ in found) + f" | {found[1][2]} |")
-    columns = [  # those with any row
-        (title, rows, scheme)
-        for title, rows in (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
-        for scheme in schemes
-        if any(r["scheme"] == scheme for r in rows)
-    ]
-    second = [
-        "| | " + " | | ".join(f"{title}, {scheme.upper()}" for title, _, scheme in columns) + " | |",
-        "|---" * (1 + 2 * len(columns)) + "|",
-        "| " + "| right | KL " * len(columns) + "|",
-    ]
-    for method, name in NAMES.items():
-        found = [cells(rows, method, scheme) for _, rows, scheme in columns]
-        if any(right != "–" for right, _, _ in found):
-            second.append(f"| {name} | " + " | ".join(f"{right} | {kl}" for right, kl, _ in found) + " |")
-    return {"light": "\n".join(first), "further": "\n".join(second)}
+    further = (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
+    return {
+        "light": compared([(s.upper(), light, s) for s in SCHEMES], bits_of="w4a4"),
+        "further": compared([(f"{title}, {s.upper()}", rows, s) for title, rows in further for s in SCHEMES]),
+    }
 
 
 def refreshed(text: str) -> str:

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float
 
 Branch = Literal["gated", "fixed", "free", "off"]
 BRANCHES: tuple[str, ...] = get_args(Branch)
+BranchName = Literal["cws", "mac"]
+BRANCH_NAMES: tuple[BranchName, ...] = get_args(BranchName)
 
 
 @struct.dataclass
@@ -48,11 +50,16 @@ class LowRank:
         rank: int = self.u.shape[1]
         return rank
 
-    def diagonals(self) -> tuple[Float[Array, " R"] | None, Float[Array, " R"] | None]:
-        """Return both gates over all columns, zero where a branch has none."""
-        cws = None if self.cws is None else jnp.pad(self.cws, (0, self.rank - self.cws.shape[0]))
-        mac = None if self.mac is None else jnp.pad(self.mac, (self.rank - self.mac.shape[0], 0))
-        return cws, mac
+    def columns(self, branch: BranchName) -> slice:
+        """Return which columns of ``u`` and rows of ``v`` a branch has, none where it is off."""
+        gate = self.cws if branch == "cws" else self.mac
+        r = 0 if gate is None else gate.shape[0]
+        return slice(0, r) if branch == "cws" else slice(self.rank - r, self.rank)
+
+    def diagonal(self, branch: BranchName) -> Float[Array, " R"] | None:
+        """Return a branch's gate over all columns, zero where it has none; None where it is off."""
+        gate, at = self.cws if branch == "cws" else self.mac, self.columns(branch)
+        return None if gate is None else jnp.pad(gate, (at.start, self.rank - at.stop))
 
 
 def rank_of(rate: float, rows: int, columns: int, width: int) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from splitq_jax.acc import Branch, LowRank
+from splitq_jax.acc import BRANCH_NAMES, Branch, LowRank
 from splitq_jax.numerics import fake_quantize
 from splitq_jax.transforms import Transform, apply, apply_inverse
 
@@ -123,8 +123,8 @@ def unrounded(site: TrainableSplit) -> Unrounded:
     # side by side, so that P_m is inverted once
     w, u = split(apply_inverse(transform, jnp.concatenate([main, b.u], axis=1)), (main.shape[1], b.rank), axis=1)
     if b.cws is not None:
-        r = b.cws.shape[0]
-        w = w - (u[:, :r] * b.cws[None, :]) @ b.v[:r]
+        at = b.columns("cws")
+        w = w - (u[:, at] * b.cws[None, :]) @ b.v[at]
     return Unrounded([w, *side], dataclasses.replace(b, u=u))
 
 
@@ -139,7 +139,7 @@ def round_weights(site: TrainableSplit) -> RoundedSplit:
         perm=site.perm,
         transforms=tuple(g.transform for g in site.groups),
         a_clips=tuple(g.a_clip for g in site.groups),
-        w=tuple(fake_quantize(w_j, b, clip_factors(g.w_clip), axis=0) for w_j, b, g in zip(w, bits, site.groups, strict=True)),
+        w=tuple(fake_quantize(w_j, n, clip_factors(g.w_clip), axis=0) for w_j, n, g in zip(w, bits, site.groups, strict=True)),
         branches=b,
         bits=site.bits,
         mac_tokens=site.mac_tokens,
@@ -158,13 +158,13 @@ def rounded_linear(x: Float[Array, "*B D"], site: RoundedSplit, is_text: Bool[Ar
         y += x_hat @ w_j
         if is_main and (b := site.branches) is not None:
             if b.cws is not None:
-                r = b.cws.shape[0]
-                y += (x_hat @ b.u[:, :r]) @ (b.cws[:, None] * b.v[:r])
+                at = b.columns("cws")
+                y += (x_hat @ b.u[:, at]) @ (b.cws[:, None] * b.v[at])
             if b.mac is not None:
-                r = b.mac.shape[0]
+                at = b.columns("mac")
                 residual = fake_quantize(x_t - x_hat, side_a_bits)
                 served = served_by_mac(site.mac_tokens, is_text, x.shape[:-1])
-                y += jnp.where(served, (residual @ b.u[:, -r:]) @ (b.mac[:, None] * b.v[-r:]), 0)
+                y += jnp.where(served, (residual @ b.u[:, at]) @ (b.mac[:, None] * b.v[at]), 0)
     return y
 
 
@@ -172,11 +172,11 @@ def learnable(site: TrainableSplit) -> dict[str, Any]:
     """Return the learnable arrays: ``transforms`` (and free branches) apart from ``clips`` (and gates), which learn ten times as fast."""
     free, gates = {}, {}
     if (b := site.branches) is not None:
-        for name, kind, gate in zip(("cws", "mac"), site.kinds, (b.cws, b.mac), strict=True):
+        for name, kind, gate in zip(BRANCH_NAMES, site.kinds, (b.cws, b.mac), strict=True):
             if kind == "gated":
                 gates[name] = gate
             elif kind == "free":
-                at = _columns(name, gate)
+                at = b.columns(name)
                 free[name] = {"u": b.u[:, at], "v": b.v[at]}
     return {
         "transforms": {"groups": tuple(g.transform for g in site.groups) if site.learn_transform else (), **free},
@@ -194,15 +194,10 @@ def with_learnable(site: TrainableSplit, values: dict[str, Any]) -> TrainableSpl
         transforms = values["transforms"]["groups"]
         groups = [dataclasses.replace(g, transform=t) for g, t in zip(groups, transforms, strict=True)]
     branches = site.branches
-    for name in ("cws", "mac"):
+    for name in BRANCH_NAMES:
         if branches is not None and name in values["clips"]:
             branches = dataclasses.replace(branches, **{name: values["clips"][name]})
         if branches is not None and name in values["transforms"]:
-            at, new = _columns(name, getattr(branches, name)), values["transforms"][name]
+            at, new = branches.columns(name), values["transforms"][name]
             branches = dataclasses.replace(branches, u=branches.u.at[:, at].set(new["u"]), v=branches.v.at[at].set(new["v"]))
     return dataclasses.replace(site, groups=tuple(groups), branches=branches)
-
-
-def _columns(name: str, gate: Float[Array, " r"]) -> slice:
-    """Return the columns of U that a branch has (see `LowRank`)."""
-    return slice(None, gate.shape[0]) if name == "cws" else slice(-gate.shape[0], None)

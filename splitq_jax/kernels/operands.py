@@ -75,18 +75,13 @@ def gate_scales(branches: LowRank) -> tuple[Float[Array, "1 R"] | None, Float[Ar
     """Return what CWS's and MAC's products with ``U`` are multiplied by, None for one that is off: its gate and the scales of V's rows."""
     scale = branches.v.scale
     rows = 1.0 if scale is None else scale.reshape(1, -1)  # None at 16 bits
-    cws, mac = branches.diagonals()
+    cws, mac = branches.diagonal("cws"), branches.diagonal("mac")
     return None if cws is None else cws[None, :] * rows, None if mac is None else mac[None, :] * rows
 
 
 def widen(x: Array, columns: int) -> Array:
     """Append zero columns up to ``columns``."""
     return x if x.shape[-1] == columns else jnp.pad(x, ((0, 0), (0, columns - x.shape[-1])))
-
-
-def has_mac(w: SplitWeight) -> bool:
-    """Return whether a site compensates."""
-    return w.branches is not None and w.branches.mac is not None
 
 
 def keeps_floats(w: SplitWeight) -> bool:

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from splitq_jax.kernels import tiles
-from splitq_jax.kernels.operands import Activations, gate_scales, has_mac, keeps_floats, segments, side_width, transformed, widen
+from splitq_jax.kernels.operands import Activations, gate_scales, keeps_floats, segments, side_width, transformed, widen
 from splitq_jax.kernels.tpu_matmul import Filler, Side, matmul
 from splitq_jax.kernels.tpu_quantizer import body, fill, picked, plan_of
 from splitq_jax.kernels.tpu_words import pad_rows, stored_type
@@ -37,7 +37,7 @@ def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
         return "side groups or branches of other than 4 or 8 bits"
     if main.group != main.rows:
         return "a split site with grouped scales"
-    if keeps_floats(w) and has_mac(w):
+    if keeps_floats(w) and w.branches is not None and w.branches.mac is not None:
         return "MAC with activations that stay floats"
     return None
 

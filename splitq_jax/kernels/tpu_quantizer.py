@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from splitq_jax.kernels import operands, tiles
-from splitq_jax.kernels.operands import gate_scales, has_mac, mac_mask, transformed, widen
+from splitq_jax.kernels.operands import gate_scales, mac_mask, transformed, widen
 from splitq_jax.kernels.tpu_words import dot, expand, operand_type
 from splitq_jax.site import split
 
@@ -71,12 +71,13 @@ def plan_of(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] |
     if w.branches is not None:
         u, scales = w.branches.u, gate_scales(w.branches)
         others += [u.words[0], *(u.scale * scale for scale in scales if scale is not None)]
-    if has_mac(w):
+    branches = (scales[0] is not None, scales[1] is not None)
+    if branches[1]:
         by_token.append(mac_mask(w, is_text, x.shape[0]))
     groups = tuple((g.a_bits, g.a_clip is not None) for g in w.groups)
     widths = tuple(g.w.padded_rows for g in w.groups[1:])
     operand = operand_type(tiles.chip(), max(main.a_bits, w.residual_bits))
-    u_bits, branches = 0 if w.branches is None else w.branches.u.bits, (scales[0] is not None, scales[1] is not None)
+    u_bits = 0 if w.branches is None else w.branches.u.bits
     return Plan(groups, u_bits, branches, w.residual_bits, widths, operand), by_token, others
 
 
