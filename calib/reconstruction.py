@@ -110,7 +110,7 @@ def fit(
       prepared: `prepare`'s tree (the student).
       batches: calibration batches, all of one length.
       config: optimizer settings.
-      held_out: batches for the reported errors; the calibration batches if empty.
+      held_out: batches for the reported errors; if empty, the samples that the steps reach.
       run: where finished blocks are kept, to resume from; None keeps nothing.
       mesh: devices to share the samples (axis ``data``).
       progress: a rich progress bar to add a task to.
@@ -123,9 +123,11 @@ def fit(
     """
     mesh = mesh or data_mesh(jax.devices()[:1])
     data = merge(list(embed(model, params, batches)))
+    samples, orders = data.x.shape[0], _orders(data.x.shape[0], config)
+    used, places = np.unique(orders, return_inverse=True)  # few steps do not reach all samples: the rest need not pass the blocks
+    data, orders = take(data, used), list(places.reshape(len(orders), -1))
     held = list(held_out)
     test = merge(list(embed(model, params, held))) if held else None
-    orders = _orders(data.x.shape[0], config)
     depth = model.config.num_layers
     task = None if progress is None else progress.add_task("training blocks", total=depth * len(orders))
     errors = []
@@ -133,7 +135,7 @@ def fit(
         teacher, student = block_params(params, i), block_params(prepared, i)
         sites = {k: v for k, v in kernels(student).items() if isinstance(v, TrainableSplit)}
         advance = forward(model.block(i), mesh)
-        step, optimizer, measure = _functions(model.block(i), mesh, config, data.x.shape[0])
+        step, optimizer, measure = _functions(model.block(i), mesh, config, samples)
         (y,) = advance(teacher, [data])
         (y_test,) = advance(teacher, [test]) if test is not None else (None,)
         probe, probe_y = (data, y) if test is None or y_test is None else (test, y_test)

@@ -5,6 +5,7 @@ The package's own code is not imported: it needs a compiled engine that nothing 
 
 import importlib.util
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def undo_rotary_layout(w: Float[np.ndarray, "O I"], heads: int) -> Float[np.ndar
     return w.reshape(heads, -1, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
 
 
+@lru_cache(maxsize=1)  # parsing the vocabulary takes seconds, and a build wants both
+def _read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """Return a GGUF file's tensors and the lists of its vocabulary, by name."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    lists = ("tokens", "merges", "token_type")
+    return {t.name: t for t in reader.tensors}, {n: reader.fields[f"tokenizer.ggml.{n}"].contents() for n in lists}
+
+
 def decoder_params(path: Path, num_layers: int) -> dict[str, Any]:
     """Return the first ``num_layers`` blocks, embedding (with a row for the image token: the mean) and final norm, float32.
 
@@ -71,7 +82,7 @@ def decoder_params(path: Path, num_layers: int) -> dict[str, Any]:
     """
     import gguf
 
-    tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    tensors, _ = _read_gguf(path)
 
     def read(name: str) -> Float[np.ndarray, "..."]:
         if name not in tensors:
@@ -150,13 +161,11 @@ CHAT_TEMPLATE = (
 
 def tokenizer_files(path: Path) -> dict[str, bytes]:
     """Return ``tokenizer.json`` and ``tokenizer_config.json``: the GGUF's vocabulary and merges and one more token, ``<image>``."""
-    import gguf
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    fields = gguf.GGUFReader(path).fields
-    tokens: list[str] = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
-    kinds: list[int] = fields["tokenizer.ggml.token_type"].contents()
+    _, lists = _read_gguf(path)
+    tokens, kinds = lists["tokens"], lists["token_type"]
+    merges = [tuple(m.split(" ")) for m in lists["merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))  # type: ignore[arg-type, unused-ignore]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment, unused-ignore]
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]

@@ -84,9 +84,10 @@ def top(score: Float[Array, " D"], k: int) -> Int[Array, " k"]:
 def token_ranks(x: Float[Array, "T D"], is_main: Bool[Array, " D"]) -> Float[Array, "T D"]:
     """Return ``r_ic = |{j in C' : |x_ij| <= |x_ic|}| / |C'|`` with ``C'`` the channels where ``is_main`` (eq. 4)."""
     size = jnp.sum(is_main)
-    magnitude = jnp.abs(x)
-    ordered = jnp.sort(jnp.where(is_main, magnitude, jnp.inf), axis=-1)
-    below = jax.vmap(lambda row, v: jnp.searchsorted(row, v, side="right"))(ordered, magnitude)
+    # floats that are not negative are ordered as their bits are, and XLA's CPU sorts integers five times as fast
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
+    ordered = jnp.sort(jnp.where(is_main, bits, jnp.iinfo(jnp.int32).max), axis=-1)
+    below = jax.vmap(lambda row, v: jnp.searchsorted(row, v, side="right"))(ordered, bits)
     return jnp.minimum(below, size).astype(x.dtype) / size.astype(x.dtype)
 
 
@@ -118,7 +119,7 @@ def instability(ranks: Int[Array, "D B"], clusters: int) -> Float[Array, " D"]:
             best = jnp.min(best[:, None] + cost, axis=0)
         return best[-1]
 
-    return jax.lax.map(one, ranks, batch_size=64)
+    return jax.lax.map(one, ranks, batch_size=8)  # its arrays stay in a core's cache
 
 
 def select(stats: SiteStats, selector: Selector, clusters: int = 3, seed: int = 0) -> tuple[Int[Array, " D"], int, int]:

@@ -31,10 +31,10 @@ dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200 141GB HBM3e"
 """
 SITES = {  # width of the main group, output channels, narrow segments (columns, whether scaled)
-    "qwen gate_up": (3456, 37888, ((64, True), (64, True), (128, False), (128, False))),
-    "qwen down": (18176, 3584, ((384, True), (384, True), (128, False), (128, False))),
-    "llava gate_up": (3968, 22016, ((64, True), (64, True), (128, False), (128, False))),
-    "llava o": (3968, 4096, ((64, True), (64, True), (128, False), (128, False))),
+    "qwen gate_up": (3456, 37888, ((64, True), (64, True), (128, False))),
+    "qwen down": (18176, 3584, ((384, True), (384, True), (128, False))),
+    "llava gate_up": (3968, 22016, ((64, True), (64, True), (128, False))),
+    "llava o": (3968, 4096, ((64, True), (64, True), (128, False))),
 }
 
 
