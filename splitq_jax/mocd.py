@@ -86,7 +86,7 @@ def token_ranks(x: Float[Array, "T D"], is_main: Bool[Array, " D"]) -> Float[Arr
     size = jnp.sum(is_main)
     # floats that are not negative are ordered as their bits are, and XLA's CPU sorts integers five times as fast
     bits = jax.lax.bitcast_convert_type(jnp.abs(x).astype(jnp.float32), jnp.int32)
-    ordered = jnp.sort(jnp.where(is_main, bits, jnp.iinfo(jnp.int32).max), axis=-1)
+    ordered = jnp.sort(jnp.where(is_main, bits, np.iinfo(np.int32).max), axis=-1)
     below = jax.vmap(lambda row, v: jnp.searchsorted(row, v, side="right"))(ordered, bits)
     return jnp.minimum(below, size).astype(x.dtype) / size.astype(x.dtype)
 

@@ -69,11 +69,6 @@ def encode(x: Float[Array, "*B"], scale: Float[Array, "*B1"], bits: int) -> Int[
     return jnp.clip(jnp.round(x / scale), low.astype(x.dtype), high.astype(x.dtype)).astype(jnp.int8)
 
 
-def round_through(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Round to nearest; the gradient passes straight through."""
-    return x + jax.lax.stop_gradient(jnp.round(x) - x)
-
-
 def fake_quantize(
     x: Float[Array, "*B"], bits: Bits, clip: Float[Array, " 2 *C"] | None = None, axis: int = -1
 ) -> Float[Array, "*B"]:
@@ -82,10 +77,32 @@ def fake_quantize(
     The gradient passes straight through the rounding, not through clamped values (there the clip and the absmax, through
     the scale, get theirs).
     """
-    low, high = code_range(bits)
-    scale = scale_of(x, bits, clip, axis)
-    codes = jnp.clip(round_through(x / scale), low.astype(x.dtype), high.astype(x.dtype))
-    return jnp.where(jnp.asarray(bits) >= FLOAT_BITS, x, codes * scale)
+    return _rounded(x, scale_of(x, bits, clip, axis), jnp.asarray(bits))
+
+
+@jax.custom_vjp
+def _rounded(x: Float[Array, "*B"], scale: Float[Array, "*B1"], bits: Int[Array, ""]) -> Float[Array, "*B"]:
+    low, high = (limit.astype(x.dtype) for limit in code_range(bits))
+    return jnp.where(bits >= FLOAT_BITS, x, jnp.clip(jnp.round(x / scale), low, high) * scale)
+
+
+def _rounded_forward(x: Array, scale: Array, bits: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _rounded(x, scale, bits), (x, scale, bits)
+
+
+def _rounded_backward(saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
+    # written out: `jnp.clip` halves the gradient of what lies on a limit, and every value of the last code does once it is rounded
+    x, scale, bits = saved
+    low, high = (limit.astype(x.dtype) for limit in code_range(bits))
+    exact = x / scale
+    code = jnp.round(exact)
+    inside = (code >= low) & (code <= high)
+    by_scale = jnp.where(bits >= FLOAT_BITS, 0, jnp.where(inside, code - exact, jnp.clip(code, low, high)))
+    shared = tuple(i for i, (a, b) in enumerate(zip(x.shape, scale.shape, strict=True)) if a != b)
+    return jnp.where(inside | (bits >= FLOAT_BITS), gradient, 0), jnp.sum(by_scale * gradient, axis=shared, keepdims=True), None
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 @lru_cache(maxsize=256)
