@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from splitq_jax import numerics, packing
 from splitq_jax.errors import InputError
@@ -72,6 +73,31 @@ def test_gradients_pass_rounding_but_not_clamped_values_and_reach_clip_and_absma
     inner = sum(np.round(v / scale) - v / scale for v in (0.9, 0.3, -0.2)) + 3 * top
     np.testing.assert_allclose(gx, [[1, 1, 1, inner * 0.5 / 7]], rtol=1e-4)
     np.testing.assert_allclose(gclip, inner * 2.0 / 7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gradients_are_those_of_torch(bits, axis):
+    """Values of the extreme codes count whole: at 2 bits that is most of them."""
+    rng = np.random.default_rng(bits)
+    x, upstream, logits = (rng.standard_normal(shape).astype(np.float32) for shape in ((12, 20), (12, 20), (2, 20)))
+    logits = logits if axis == 0 else logits[:, :1]  # a factor for each column, or one for all rows
+
+    def ours(x, logits):
+        return numerics.fake_quantize(x, bits, jax.nn.sigmoid(logits if axis == 0 else logits[:, 0]), axis)
+
+    value, pull = jax.vjp(ours, jnp.asarray(x), jnp.asarray(logits))
+    xt, lt = (torch.tensor(a, requires_grad=True) for a in (x, logits))
+    high, low = (torch.clamp(torch.amax(side, axis, keepdim=True), min=0) for side in (xt, -xt))
+    clip = torch.sigmoid(lt)
+    scale = torch.maximum(clip[:1] * high, clip[1:] * low) / (2 ** (bits - 1) - 1)
+    t = xt / scale
+    through = t + (torch.round(t) - t).detach()
+    y = torch.clamp(through, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale if bits < 16 else xt + 0 * scale
+    y.backward(torch.tensor(upstream))
+    np.testing.assert_allclose(value, y.detach(), atol=1e-6)
+    for got, tensor in zip(pull(jnp.asarray(upstream)), (xt, lt), strict=True):
+        np.testing.assert_allclose(got, tensor.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
