@@ -51,7 +51,7 @@ class FitConfig:
       batch: samples a step.
       transform_rate: learning rate of the transforms.
       clip_rate: learning rate of clips and gates.
-      weight_decay: AdamW's, on the transforms.
+      weight_decay: AdamW's.
       final: the cosine schedule's end, as a share of its start.
       loss: ``mse``; ``mae``; ``balanced``: vision and text weigh alike (after MBQ, arXiv 2412.19509); ``token``: each token's error is
         divided by what the block adds to that token, so that massive tokens do not dominate.

@@ -38,7 +38,8 @@ class SplitWeight:
     """A quantized site: the typed leaf that takes a kernel's place in the parameter tree.
 
     Attributes:
-      perm: ``[C_m | C_t | C_v]``, the order in which the input channels are read, C_m ascending; None where nothing is split off.
+      perm: ``[C_m | C_t | C_v]``, the order in which the input channels are read, C_m ascending; None where they come in it: nothing is split
+        off, or the layer before writes them so (`splitq_jax.kernels.layout.native`).
       groups: main, then text and vision where they are not empty.
       branches: CWS and MAC: codes of ``U``, codes of ``V`` and the gates, or None.
       mac_tokens: the tokens that MAC serves.

@@ -26,7 +26,7 @@ from splitq_jax.models import cache, sampling
 from splitq_jax.models.generate import _round_up, advance, prefill
 from splitq_jax.models.llava import Llava, LlavaConfig
 from splitq_jax.models.sampling import Sampling
-from splitq_jax.qtensor import QTensor
+from splitq_jax.quantization import kernels
 
 TOKENS = 32
 torch.set_num_threads(1)  # more would wait for each other
@@ -137,7 +137,7 @@ def test_three_positions_a_token() -> None:
 
 
 def test_quantized_parameters() -> None:
-    """Codes unpacked ahead are the same codes, and the loop gives the tokens of whole forwards."""
+    """Codes unpacked ahead are the same codes, in the order in which ``down`` reads, and the loop gives the tokens of whole forwards."""
     model, params = tiny.model_and_params()
     recipe = sq.recipes.splitq("w4a4").replace(split=SplitSize(0.06, 2))
     batches = tiny.batches(2)
@@ -146,12 +146,22 @@ def test_quantized_parameters() -> None:
     batch["positions"] = np.broadcast_to(np.arange(14, dtype=np.int32)[None, :, None], (4, 14, 1))
     forward = jax.jit(lambda p: model.apply({"params": p}, **batch))
     ahead = native(quantized)
-    is_code = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
-    for one, other in zip(*(jax.tree.leaves(tree, is_leaf=is_code) for tree in (ahead, quantized)), strict=True):
-        if is_code(other) and other.scale is not None:
-            assert one.bits == 8 and len(one.words) == 1 and one.words[0].dtype == jnp.int8
-            np.testing.assert_array_equal(one.codes(), other.codes())
-            np.testing.assert_array_equal(one.scale, other.scale)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (native(ahead), ahead)), strict=True))  # done once
+    for path, other in kernels(quantized).items():
+        one = kernels(ahead)[path]
+        if not isinstance(other, sq.SplitWeight):
+            continue
+        order = np.arange(other.shape[1])
+        if path.endswith("gate_up"):
+            perm = np.asarray(kernels(quantized)[path.replace("gate_up", "down")].perm)
+            order = np.concatenate([perm, perm + len(perm)])
+        assert (one.perm is None) == path.endswith("down")
+        for a, b in zip(
+            (*(g.w for g in one.groups), one.branches.v), (*(g.w for g in other.groups), other.branches.v), strict=True
+        ):
+            assert a.bits == 8 and len(a.words) == 1 and a.words[0].dtype == jnp.int8
+            np.testing.assert_array_equal(a.codes(), np.asarray(b.codes())[:, order])
+            np.testing.assert_array_equal(a.decode(), np.asarray(b.decode())[:, order])
     found, wanted = forward(ahead), forward(quantized)  # two programs, whose float32 steps round apart
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
     ours = np.stack(models.generate(model, quantized, batch, 12))

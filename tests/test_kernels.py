@@ -29,6 +29,7 @@ from kernel_reference import (
 
 from splitq_jax.errors import InputError
 from splitq_jax.kernels import api, operands, tpu_quantizer
+from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
 from splitq_jax.packing import TILE_ROWS
 from splitq_jax.qtensor import quantize_groups, quantize_matrix
@@ -317,3 +318,29 @@ def test_tokens_and_output_channels_over_devices():
         with jax.set_mesh(mesh):
             cut = weight_only(args[0][:, : only.rows], args[2].groups[0].w, bias)
         assert np.abs(np.asarray(cut) - np.asarray(whole)).max() <= ACCUMULATION * np.abs(np.asarray(whole)).max()
+
+
+@pytest.mark.parametrize("bits", [(4, 4), (3, 16)])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_gate_and_up_write_in_the_order_in_which_down_reads(bits, devices):
+    """No channel is picked before ``down``, the values are the same, and each device keeps its columns."""
+    up = site_of(0, 72, 2 * 96, bits, side=8, ranks=(3, 5), transform=False)
+    down = site_of(1, 96, 72, bits, side=8, ranks=(3, 5), transform=False)
+    bias = jnp.asarray(np.random.default_rng(2).standard_normal(2 * 96), jnp.float32)
+    tree = {"blocks_0": {"gate_up": {"kernel": up, "bias": bias}, "down": {"kernel": down}}}
+    mesh = jax.make_mesh((devices,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:devices])
+    tree = jax.device_put(tree, of(tree, mesh))
+    laid = native(tree, "tpu")
+    assert laid["blocks_0"]["down"]["kernel"].perm is None and down.perm is not None
+    before, after = (jax.tree.leaves(t["blocks_0"]["gate_up"]) for t in (tree, laid))
+    assert [a.sharding.shard_shape(a.shape) for a in before] == [a.sharding.shard_shape(a.shape) for a in after]
+
+    @jax.jit
+    def mlp(tree, x, text):
+        block = tree["blocks_0"]
+        gate, up = jnp.split(linear(x, block["gate_up"]["kernel"], text) + block["gate_up"]["bias"][None, :], 2, axis=-1)
+        return linear(jnp.maximum(gate, 0) * up, block["down"]["kernel"], text)
+
+    x, text = tokens_of(3, 9, 72, jnp.float32), mask_of("mixed", 9)
+    with jax.set_mesh(mesh):
+        np.testing.assert_array_equal(mlp(laid, x, text), mlp(tree, x, text))

@@ -58,7 +58,7 @@ def side_width(w: SplitWeight) -> int:
 
 def picked(x: Float[Array, "M D"], w: SplitWeight) -> list[Float[Array, "M K"]]:
     """Return every group's channels."""
-    return [x] if w.perm is None else split(x[:, w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
+    return split(x if w.perm is None else x[:, w.perm], tuple(g.w.rows for g in w.groups), axis=-1)
 
 
 def transformed(channels: list[Float[Array, "M K"]], w: SplitWeight) -> list[Float[Array, "M K"]]:
