@@ -14,6 +14,7 @@ from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from twins import tensors
 
 VOCABULARY, IMAGE, VIDEO = 320, 300, 301
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -93,11 +94,6 @@ def batch_of(hf: Any, rows: list[list[Any]], pad: int = 2, seed: int = 0) -> dic
     return batch
 
 
-def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    out = {k: torch.tensor(v) for k, v in batch.items()}
-    return out | {"input_ids": out["input_ids"].long(), "attention_mask": out["attention_mask"].long()}
-
-
 @partial(jax.jit, static_argnums=0)
 def run(model: Any, params: Any, batch: Any) -> Any:
     return model.apply({"params": params}, **batch, mutable=["inputs"])
@@ -110,8 +106,3 @@ def logits(model: Any, params: Any, batch: dict[str, Any]) -> np.ndarray:
 def theirs_of(hf: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
     with torch.no_grad():
         return hf(**tensors(batch)).logits.numpy()
-
-
-def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.5
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()

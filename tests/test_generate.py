@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_models_parity import CASES, IMAGE, batch_of, load, reference, tensors
+from test_models_parity import CASES, IMAGE, batch_of, load, reference
 from transformers import LlavaConfig as HfConfig
 from transformers import LlavaForConditionalGeneration as HfLlava
 from transformers import MistralConfig, SiglipVisionConfig
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from twins import tensors
 
 import splitq_jax as sq
 from splitq_jax import calib, models

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from folders import change_json
-from tile_reference import IMAGE, assert_answers_equal, assert_equal, load, reference, rows_of
+from tile_reference import IMAGE, load, reference, rows_of
+from twins import assert_same_answers, assert_same_logits
 
 from splitq_jax import models
 from splitq_jax.errors import InputError
@@ -91,11 +92,11 @@ def test_logits_of_fixed_images(case: str, tmp_path: Path) -> None:
     hf = reference(family, **({"tower": "internvit"} | (INTERNVL | LLAVA)[case]))
     model, params = load(hf, tmp_path / "model")
     batch = fixed_batch(hf, model.config.tokens_per_image, [1, 3, 0], [0, 0, 3])
-    assert_equal(hf, model, params, batch)
+    assert_same_logits(hf, model, params, batch)
     if case in (MASKED, "clip-mistral-window"):
-        assert_answers_equal(hf, model, params, batch)
+        assert_same_answers(hf, model, params, batch)
     if case == MASKED:
-        assert_equal(hf, model, params, fixed_batch(hf, model.config.tokens_per_image, [0, 0], [0, 4]))
+        assert_same_logits(hf, model, params, fixed_batch(hf, model.config.tokens_per_image, [0, 0], [0, 4]))
 
 
 def test_internvl_ties_as_the_text_does_where_the_top_is_silent(tmp_path: Path) -> None:

@@ -10,18 +10,11 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 from transformers import LlavaConfig as HfConfig
 from transformers import LlavaForConditionalGeneration as HfLlava
+from twins import LLAMA3, assert_close, tensors
 
 from splitq_jax import models
 
 VOCABULARY, IMAGE = 320, 300
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 
 
 def reference(tower: str = "clip", size: int = 8, text: dict[str, Any] | None = None, seed: int = 0, **top: Any) -> Any:
@@ -65,18 +58,8 @@ def batch_of(model: Any, counts: list[int], pad: list[int], side: str = "left", 
     return batch
 
 
-def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    out = {k: torch.tensor(v) for k, v in batch.items()}
-    return out | {"input_ids": out["input_ids"].long(), "attention_mask": out["attention_mask"].long()}
-
-
 def logits(model: Any, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, batch))
-
-
-def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.5
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 CASES: dict[str, dict[str, Any]] = {

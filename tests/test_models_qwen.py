@@ -16,15 +16,14 @@ from qwen_reference import (
     KINDS,
     VIDEO,
     VOCABULARY,
-    assert_close,
     batch_of,
     logits,
     reference,
     run,
-    tensors,
     theirs_of,
 )
 from safetensors.numpy import save_file
+from twins import assert_close, tensors
 
 from splitq_jax import models
 from splitq_jax.errors import InputError

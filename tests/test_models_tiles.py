@@ -12,17 +12,9 @@ import torch
 from folders import change_tensors, same
 from safetensors.numpy import load_file
 from test_models_fixed_images import INTERNVL, MASKED
-from tile_reference import (
-    IMAGE,
-    VIDEO,
-    assert_answers_equal,
-    assert_equal,
-    load,
-    reference,
-    rows_of,
-    tensors,
-)
+from tile_reference import IMAGE, VIDEO, load, reference, rows_of
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+from twins import assert_same_answers, assert_same_logits, tensors
 
 from splitq_jax import models
 from splitq_jax.errors import InputError
@@ -102,7 +94,7 @@ def test_onevision_logits(case: str, tmp_path: Path) -> None:
     model, params = load(hf, tmp_path / "model")
     batch = onevision_batch(hf, SAMPLES, [0, 1, 0, 0, 1], [0, 3, 0, 1, 0], frames=3)
     assert not batch["attention_mask"].all()
-    assert_equal(hf, model, params, batch)
+    assert_same_logits(hf, model, params, batch)
 
 
 def test_text_is_what_is_no_placeholder_and_no_padding(onevision: Any) -> None:
@@ -133,8 +125,8 @@ def test_spellings_and_export(onevision: Any, tmp_path: Path) -> None:
 
 def test_onevision_text_and_answers(onevision: Any) -> None:
     hf, model, params = onevision
-    assert_equal(hf, model, params, onevision_batch(hf, [[], []], [0, 0], [0, 4]))
-    assert_answers_equal(hf, model, params, onevision_batch(hf, [[(20, 33)], [(31, 9), (8, 8)]], [0, 1], [4, 0]))
+    assert_same_logits(hf, model, params, onevision_batch(hf, [[], []], [0, 0], [0, 4]))
+    assert_same_answers(hf, model, params, onevision_batch(hf, [[(20, 33)], [(31, 9), (8, 8)]], [0, 1], [4, 0]))
 
 
 def test_tiles_lie_where_transformers_puts_them(onevision: Any) -> None:

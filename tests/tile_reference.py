@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import torch
 from transformers import (
@@ -72,27 +71,3 @@ def rows_of(pictures: list[list[tuple[int, int]]], pad: list[int]) -> dict[str, 
         "input_ids": np.array([[0] * (width - len(r)) + r for r in rows], np.int32),
         "attention_mask": np.array([[False] * (width - len(r)) + [True] * len(r) for r in rows]),
     }
-
-
-def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {k: torch.tensor(v) if v.dtype == np.float32 else torch.tensor(v).long() for k, v in batch.items()}
-
-
-def logits(model: Any, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p, b: model.apply({"params": p}, **b))(params, model.prepare(batch)))
-
-
-def assert_equal(hf: Any, model: Any, params: Any, batch: dict[str, np.ndarray]) -> None:
-    mask = batch["attention_mask"]
-    with torch.no_grad():
-        theirs = hf(**tensors(batch)).logits.numpy()[mask]
-    ours = logits(model, params, batch)[mask]
-    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.5
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
-
-
-def assert_answers_equal(hf: Any, model: Any, params: Any, batch: dict[str, np.ndarray], tokens: int = 32) -> None:
-    theirs = hf.generate(**tensors(batch), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    theirs = theirs.numpy()[:, batch["input_ids"].shape[1] :]
-    assert len(np.unique(theirs)) > 3
-    np.testing.assert_array_equal(np.stack(models.generate(model, params, batch, tokens)), theirs)

@@ -45,7 +45,7 @@ def padded(rows: list[list[int]], padding: list[int], side: str = "left") -> dic
 
 
 def tensors(batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(value) for name, value in batch.items()}
+    return {k: torch.tensor(v) if v.dtype == np.float32 else torch.tensor(v).long() for k, v in batch.items()}
 
 
 @partial(jax.jit, static_argnums=0)
@@ -58,12 +58,16 @@ def logits(model: Any, params: Any, batch: dict[str, np.ndarray]) -> np.ndarray:
     return np.asarray(_forward(model, params, model.prepare(batch)))
 
 
+def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-5) -> None:
+    assert ours.shape == theirs.shape and np.abs(theirs).max() > 0.5
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
 def assert_same_logits(hf: Any, model: Any, params: Any, batch: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
     with torch.no_grad():
         theirs = hf(**tensors(batch)).logits.numpy()
-    ours, mask = logits(model, params, batch), batch["attention_mask"].astype(bool)
-    assert ours.shape == theirs.shape and np.abs(theirs[mask]).max() > 0.5
-    np.testing.assert_allclose(ours[mask], theirs[mask], rtol=0, atol=tolerance * np.abs(theirs[mask]).max())
+    mask = batch["attention_mask"].astype(bool)
+    assert_close(logits(model, params, batch)[mask], theirs[mask], tolerance)
 
 
 def assert_same_answers(hf: Any, model: Any, params: Any, batch: dict[str, np.ndarray], count: int = 32) -> None:
