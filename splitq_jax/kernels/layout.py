@@ -19,6 +19,7 @@ def native(params: Any, backend: Backend | None = None) -> Any:
     read codes in the order of their registers (`splitq_jax.kernels.fragment`), XLA's products read bytes, the TPU's kernels what
     `freeze` packs. Every backend computes the same from any order, but what is in another one is laid out anew at every product. So
     `generate` and `evaluate` do it once, as a loop of your own should; checkpoints are for all backends and hold the packed order.
+    What is laid out is a copy, of gate and up on every backend: where memory is short, drop the tree that was given.
 
     Args:
       params: a tree of arrays on their devices.
