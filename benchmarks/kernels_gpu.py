@@ -4,7 +4,7 @@
 
 Every row is checked against float64 numpy on some output channels before it is timed; a wrong product ends the run. A time is the median
 over repetitions of the sum of a product's kernels as the GPU's own event records (CUPTI) give it, without the gaps between launches. Before
-each repetition a buffer of several times the L2 cache is written, so the weights come from memory. Activations are quantized beforehand:
+each repetition a buffer of several times the L2 cache is read, so the weights come from memory. Activations are quantized beforehand:
 the time is the product's, as in the tables of the peers. A row that the output file holds already is not timed again.
 """
 
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ import numpy as np
 from splitq_jax.kernels.fragment import PLANES, unpack_fragments
 from splitq_jax.kernels.gpu import _powers_and_mantissas
 from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
-from splitq_jax.kernels.gpu_tile import Operands
+from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands
 
 K, N = 4096, 14336
+BASELINE = "cuBLAS bf16"
 TOKENS = (1, 16, 32, 256, 2048)
-SIDE = ((64, True), (64, True), (128, False), (128, False))  # text and vision group, CWS and MAC, as their words are padded
+SIDE = ((64, True), (64, True), (128, False))  # text and vision group, the branches' V
 KINDS = {  # bits of the weight, integer activations, group, narrow segments
     "W4A8": (4, True, None, ()),
     "W4A8 + side": (4, True, None, SIDE),
@@ -38,30 +40,43 @@ KINDS = {  # bits of the weight, integer activations, group, narrow segments
     "W3A16": (3, False, None, ()),
 }
 TARGETS = {(kind, tokens): 8.0 for kind in ("W4A8", "W4A16") for tokens in (1, 16, 32)} | {("W4A8", 2048): 200.0}  # microseconds
+BANDWIDTH = {"H200": 4.8e6, "H100": 3.35e6}  # bytes a microsecond, the vendor's
 FLUSH_BYTES = 256 * 2**20
 CHECKED = 64  # output channels
 
 
-def operands_of(kind: str, tokens: int) -> Operands:
-    """Draw operands: random words are random codes of the whole range."""
+def operands_of(kind: str, tokens: int) -> tuple[Any, ...]:
+    """Draw a product's operands: random words are random codes of the whole range."""
+    if kind == BASELINE:
+        shapes = (tokens, K), (K, N)
+        return tuple(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
     bits, integer, group, side = KINDS[kind]
     rng = np.random.default_rng(0)
 
-    def words(width: int, field: int) -> jax.Array:
-        return jnp.asarray(rng.integers(-(2**31), 2**31, (N, width * field // 32), dtype=np.int64).astype(np.int32))
+    def words(width: int, field: int, step: int = STEP) -> jax.Array:
+        return jnp.asarray(rng.integers(-(2**31), 2**31, (width // step, N, step * field // 32), dtype=np.int64).astype(np.int32))
 
     columns = np.exp(rng.standard_normal((sum(scaled for _, scaled in side), N))).astype(np.float32)
     x = rng.integers(-128, 128, (tokens, K)).astype(np.int8) if integer else rng.standard_normal((tokens, K))
-    return Operands(
+    operands = Operands(
         x=jnp.asarray(x, jnp.int8 if integer else jnp.bfloat16),
         planes=tuple(words(K, field) for field in PLANES[bits]),
         scale=jnp.asarray(np.exp(rng.standard_normal((K // group if group else 1, N))), jnp.float32),
         token_scale=jnp.asarray(np.exp(rng.standard_normal(tokens)), jnp.float32) if integer else None,
         side=jnp.asarray(rng.standard_normal((tokens, sum(w for w, _ in side))), jnp.bfloat16) if side else None,
-        side_words=tuple(words(width, 4) for width, _ in side),
+        side_words=tuple(words(width, 4, SIDE_STEP) for width, _ in side),
         side_scale=_powers_and_mantissas(jnp.asarray(columns)) if side else None,
         bias=None,
     )
+    return (operands,)
+
+
+def product_of(kind: str) -> Callable[..., Any]:
+    """Return the product of a kind's operands."""
+    if kind == BASELINE:
+        return jnp.dot
+    bits, _, group, _ = KINDS[kind]
+    return lambda o: matmul(o, bits, group, jnp.bfloat16)
 
 
 def check(o: Operands, bits: int, got: jax.Array) -> None:
@@ -73,7 +88,7 @@ def check(o: Operands, bits: int, got: jax.Array) -> None:
     channels = np.sort(np.random.default_rng(1).choice(N, CHECKED, replace=False))
 
     def codes(planes: tuple[jax.Array, ...], width: int, elements: int) -> np.ndarray:
-        return np.asarray(unpack_fragments(tuple(p[channels] for p in planes), width, elements), np.float64)
+        return np.asarray(unpack_fragments(tuple(p[:, channels] for p in planes), width, elements), np.float64)
 
     scale = np.asarray(o.scale, np.float64)[:, channels]
     x = np.asarray(o.x, np.float64) * (1 if o.token_scale is None else np.asarray(o.token_scale, np.float64)[:, None])
@@ -91,20 +106,22 @@ def check(o: Operands, bits: int, got: jax.Array) -> None:
         raise SystemExit(f"wrong product: {(excess > 0).mean():.1%} of the entries are off, the worst by {excess.max():.3g}")
 
 
-def time_of(product: Callable[..., Any], *args: Any, repeats: int = 30) -> float:
-    """Return the median time of a product's kernels in microseconds, the weights not in cache."""
+def flushed(product: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a product before which a buffer of several times the cache is read: the weights are not there, and nothing has to be written back."""
+
+    def run(buffer: jax.Array, *args: Any) -> Any:
+        peak, args = jax.lax.optimization_barrier((jnp.max(buffer), args))
+        return peak, product(*args)
+
+    return run
+
+
+def time_of(run: Any, buffer: jax.Array, *args: Any, repeats: int = 30) -> float:
+    """Return the median time of a product's kernels in microseconds; ``run`` is `flushed`, compiled."""
     from jax.experimental.mosaic.gpu import profiler
 
-    def flush(buffer: jax.Array) -> jax.Array:
-        return buffer + 1
-
-    def flushed(buffer: jax.Array, *args: Any) -> Any:
-        buffer, args = jax.lax.optimization_barrier((flush(buffer), args))
-        return buffer, product(*args)
-
-    buffer = jnp.zeros(FLUSH_BYTES // 4, jnp.int32)
-    _, alone = profiler.measure(flush, aggregate=False)(buffer)
-    _, both = profiler.measure(flushed, aggregate=False, iterations=repeats)(buffer, *args)
+    _, alone = profiler.measure(lambda b: jax.lax.optimization_barrier(jnp.max(b)), aggregate=False)(buffer)
+    _, both = profiler.measure(run, aggregate=False, iterations=repeats)(buffer, *args)
     if alone is None or both is None:
         raise SystemExit("the profiler saw no kernel: is another tool using CUPTI?")
     return 1e3 * statistics.median(sum(time for _, time in kernels[len(alone) :]) for kernels in both)
@@ -132,6 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     args = parser.parse_args()
     device = hopper()
+    bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in device.device_kind), BANDWIDTH["H200"])
     settings = {
         "device": device.device_kind,
         "shape": f"{K} x {N}",
@@ -140,31 +158,26 @@ def main() -> None:
     stored = json.loads(args.out.read_text()) if args.out.exists() else {"settings": settings, "rows": {}}
     if stored["settings"] != settings:
         raise SystemExit(f"{args.out}: rows of {stored['settings']}, this run has {settings}; use another --out")
-    for tokens in args.tokens:
-        x = jax.random.normal(jax.random.key(0), (tokens, K), jnp.bfloat16)
-        w = jax.random.normal(jax.random.key(1), (K, N), jnp.bfloat16)
-        for kind in ("cuBLAS bf16", *args.kinds):
-            name = f"{kind}, {tokens} tokens"
-            if name in stored["rows"]:
-                continue
-            if kind == "cuBLAS bf16":
-                row = {"us": time_of(jnp.dot, x, w)}
-            else:
-                bits, _, group, _ = KINDS[kind]
-                product = jax.jit(lambda o, bits=bits, group=group: matmul(o, bits, group, jnp.bfloat16))
-                o = operands_of(kind, tokens)
-                check(o, bits, product(o))
-                weight = sum(p.size * 4 for p in o.planes)
-                row = {
-                    "us": time_of(product, o),
-                    "floor_us": weight / 4.8e6,
-                    "tile": str(choose_tile(tokens, N, K, group is not None)),
-                }
-                row |= {"target_us": TARGETS[kind, tokens]} if (kind, tokens) in TARGETS else {}
-                row["times_bf16"] = stored["rows"][f"cuBLAS bf16, {tokens} tokens"]["us"] / row["us"]
-            stored["rows"][name] = row | {"date": datetime.date.today().isoformat()}
-            args.out.write_text(json.dumps(stored, indent=2) + "\n")
-            print(name, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    cases = [(kind, tokens) for tokens in args.tokens for kind in (BASELINE, *args.kinds)]
+    wanted = [case for case in cases if "{}, {} tokens".format(*case) not in stored["rows"]]
+    operands = {case: operands_of(*case) for case in wanted}
+    buffer = jnp.zeros(FLUSH_BYTES // 4, jnp.int32)
+    lowered = [jax.jit(flushed(product_of(kind))).lower(buffer, *operands[kind, tokens]) for kind, tokens in wanted]
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda stage: stage.compile(), lowered))
+    for (kind, tokens), run in zip(wanted, compiled, strict=True):
+        given = operands[kind, tokens]
+        row: dict[str, Any] = {}
+        if kind != BASELINE:
+            check(given[0], KINDS[kind][0], run(buffer, *given)[1])
+            floor = sum(plane.size * 4 for plane in given[0].planes) / bandwidth
+            row = {"floor_us": floor, "tile": str(choose_tile(tokens, N, K, KINDS[kind][2] is not None))}
+            row |= {"target_us": TARGETS[kind, tokens]} if (kind, tokens) in TARGETS else {}
+        row |= {"us": time_of(run, buffer, *given)}
+        row |= {"times_bf16": stored["rows"][f"{BASELINE}, {tokens} tokens"]["us"] / row["us"]} if kind != BASELINE else {}
+        stored["rows"][f"{kind}, {tokens} tokens"] = row | {"date": datetime.date.today().isoformat()}
+        args.out.write_text(json.dumps(stored, indent=2) + "\n")
+        print(kind, tokens, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from splitq_jax.calib.blocks import (
 )
 from splitq_jax.calib.run import Run
 from splitq_jax.errors import InputError
+from splitq_jax.numerics import in_float32
 from splitq_jax.quantization import kernels, replace_kernels
 from splitq_jax.site import TrainableSplit, learnable, round_weights, with_learnable
 
@@ -90,6 +91,7 @@ class BlockError:
     after: float
 
 
+@in_float32
 def fit(
     model: Any,
     params: Params,

@@ -10,9 +10,11 @@ import numpy as np
 
 from splitq_jax.calib.blocks import Batch, Hidden, Params, after, block_name, block_params, embed
 from splitq_jax.linear import linear
+from splitq_jax.numerics import in_float32
 from splitq_jax.quantization import kernels
 
 
+@in_float32
 def site_errors(model: Any, params: Params, quantized: Params, batches: Iterable[Batch]) -> dict[str, float]:
     """Return ``sum |X W - Y|^2 / sum |X W|^2`` of every decoder site, over the tokens that are not padding.
 

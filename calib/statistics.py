@@ -33,10 +33,12 @@ from splitq_jax.calib.blocks import (
 )
 from splitq_jax.errors import InputError
 from splitq_jax.mocd import FIRST, RANK_BINS, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
+from splitq_jax.numerics import in_float32
 
 DEFAULT_SPLIT = SplitSize()
 
 
+@in_float32
 def collect(
     model: Any,
     params: Params,

@@ -4,8 +4,9 @@ Codes run from ``-2^(b-1)`` to ``2^(b-1) - 1`` and ``scale = clip * absmax / (2^
 scalar: one compiled training step then serves every scheme. 16 bits and more mean "not quantized".
 """
 
-from functools import lru_cache
-from typing import TypeAlias
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,20 @@ ACTIVATION_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 FLOAT_BITS = 16  # from here on nothing is rounded
 
 Bits: TypeAlias = int | Int[Array, ""]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def in_float32(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let a function multiply float32 matrices in float32, which accelerators do only when told; what the user has set stays."""
+
+    @wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        found = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        with jax.default_matmul_precision(found or "highest"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def check_bits(bits: int, supported: tuple[int, ...], what: str) -> None:

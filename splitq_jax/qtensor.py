@@ -23,7 +23,7 @@ class QTensor:
       bits: 2, 3, 4, 8 or 16.
       rows: K, which the padded words do not tell.
       elements: 0 for words as `splitq_jax.packing` lays them out; 4 or 2 for those that GPUs read, an int8 or a bfloat16 operand's
-        (`splitq_jax.kernels.fragment`: one or two planes, ``(N, _)``).
+        (`splitq_jax.kernels.fragment`: one or two planes, ``(S, N, _)``).
     """
 
     words: tuple[Array, ...]
@@ -35,7 +35,7 @@ class QTensor:
     @property
     def shape(self) -> tuple[int, int]:
         """``(K, N)``."""
-        return self.rows, self.words[0].shape[0 if self.elements else 1]
+        return self.rows, self.words[0].shape[1]
 
     @property
     def padded_rows(self) -> int:

@@ -18,7 +18,7 @@ from splitq_jax import acc, mocd, transforms
 from splitq_jax.errors import InputError
 from splitq_jax.linear import Group, SplitWeight, stored_bits
 from splitq_jax.mocd import SiteStats
-from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, logit
+from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, in_float32, logit
 from splitq_jax.packing import TILE_ROWS, WIDE
 from splitq_jax.qtensor import pad_words, quantize_matrix
 from splitq_jax.recipe import Recipe
@@ -73,6 +73,7 @@ def replace_kernels(params: Params, leaves: Mapping[str, Any]) -> Params:
     return out
 
 
+@in_float32
 def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
     """Turn the matched kernels into `TrainableSplit` leaves, partitioned and at the start of training.
 
@@ -200,6 +201,7 @@ def start_branches(
     return acc.LowRank(u, v, gates[0], gates[1]), kinds
 
 
+@in_float32
 def freeze(params: Params, recipe: Recipe) -> Params:
     """Round every `TrainableSplit` leaf to a `SplitWeight`: packed codes and scales.
 

@@ -93,10 +93,7 @@ def specs(tree: Any, sizes: Mapping[str, int], prefix: str = "") -> Any:
         path = "/".join(filter(None, (prefix, jax.tree_util.keystr(keys, simple=True, separator="/"))))
         if not isinstance(leaf, QTensor):
             return spec(path, leaf.shape, sizes)
-        words = []
-        for i, array in enumerate(leaf.words):  # a GPU's lie the other way round
-            found = spec(f"{path}/words/{i}", array.shape[::-1] if leaf.elements else array.shape, sizes)
-            words.append(PartitionSpec(*reversed(found)) if leaf.elements else found)
+        words = [spec(f"{path}/words/{i}", array.shape[:2], sizes) for i, array in enumerate(leaf.words)]  # a GPU's have three axes
         scale = None if leaf.scale is None else spec(f"{path}/scale", leaf.scale.shape, sizes)
         return replace(leaf, words=tuple(words), scale=scale)
 

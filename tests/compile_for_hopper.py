@@ -77,7 +77,7 @@ def main() -> int:
     from splitq_jax.kernels import gpu
     from splitq_jax.kernels.fragment import PLANES
     from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
-    from splitq_jax.kernels.gpu_tile import Operands
+    from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands
     from splitq_jax.linear import SplitWeight
     from splitq_jax.models.generate import advance
     from splitq_jax.models.sampling import Sampling
@@ -99,11 +99,11 @@ def main() -> int:
         scaled = sum(s for _, s in side)
         operands = Operands(
             shape((m, k), "int8" if integer else "bfloat16"),
-            tuple(shape((n, k * field // 32), "int32") for field in PLANES[bits]),
+            tuple(shape((k // STEP, n, STEP * field // 32), "int32") for field in PLANES[bits]),
             shape((k // group if group else 1, n), "float32"),
             shape((m,), "float32") if integer else None,
             shape((m, sum(w for w, _ in side)), "bfloat16") if side else None,
-            tuple(shape((n, w // 8), "int32") for w, _ in side),
+            tuple(shape((w // SIDE_STEP, n, SIDE_STEP // 8), "int32") for w, _ in side),
             (shape((scaled, n), "float32"),) * 2 if scaled else None,
             shape((n,), "float32"),
         )

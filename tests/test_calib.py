@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import numpy as np
@@ -269,6 +270,21 @@ def test_sets_that_are_refused(tiny):
         calib.collect(model, params, batches(1), SplitSize(rate=0.5, align=1))
     with pytest.raises(InputError, match="lengths"):
         calib.fit(model, params, params, batches(1) + batches(1, length=16), SHORT)
+
+
+def test_calibration_multiplies_in_float32(tiny):
+    seen = []
+
+    def none_at_all():
+        seen.append(jax.config.jax_default_matmul_precision)
+        yield from ()
+
+    for given in (None, "default"):
+        with jax.default_matmul_precision(given):
+            for run in (calib.collect, partial(calib.fit, prepared={}), partial(calib.site_errors, quantized=tiny[1])):
+                with pytest.raises(InputError, match="empty"):
+                    run(*tiny, batches=none_at_all())
+    assert seen == 3 * ["highest"] + 3 * ["default"]
 
 
 def test_settings_that_are_refused():

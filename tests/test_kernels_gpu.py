@@ -45,7 +45,7 @@ def numpy_fragments(codes, bits, elements):
             place = block * 4 * words + lane * words + register // per_word
             plane[:, place] |= ((code >> low & (2**field - 1)) << shift).astype(np.uint32)
             low += field
-    return planes
+    return [p.reshape(n, k // 128, -1).transpose(1, 0, 2) for p in planes]
 
 
 @pytest.mark.parametrize(("bits", "elements"), SCHEMES)
@@ -80,10 +80,10 @@ def threads(layout, array):
 def test_words_expand_to_the_operand_in_every_thread(bits, elements):
     """The words that each thread loads, expanded by the kernel's own function, are its registers of wgmma's operand."""
     codes = codes_of(256, 128, bits)
-    planes = [np.asarray(p).view(np.uint32) for p in pack_fragments(jnp.asarray(codes), bits, elements)]
+    planes = [np.asarray(p).view(np.uint32)[1] for p in pack_fragments(jnp.asarray(codes), bits, elements)]
     dealt = [threads(hopper.plane_layout(n).to_mgpu(), p) for n, p in zip(hopper.lane_words(bits), planes, strict=True)]
     layout = {4: hopper.plgpu.Layout.WGMMA_8BIT, 2: hopper.plgpu.Layout.WGMMA}[elements].to_mgpu()
-    wanted = threads(layout, codes.T.astype(np.int64))
+    wanted = threads(layout, codes[128:].T.astype(np.int64))
     for warp in range(4):
         for lane in range(32):
             words = [hopper._map(list, _registers(d[warp, lane])) for d in dealt]
@@ -124,7 +124,7 @@ def test_a_laid_out_site_over_devices():
     whole = jax.jit(linear)(x, site, text)
     mesh = jax.make_mesh((4,), ("tensor",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     placed = native(jax.device_put(site, of({"down": {"kernel": site}}, mesh)["down"]["kernel"]), "gpu")
-    assert [p.sharding.shard_shape(p.shape)[0] for p in placed.groups[0].w.words] == [64, 64]
+    assert [p.sharding.shard_shape(p.shape)[1] for p in placed.groups[0].w.words] == [64, 64]
     with jax.set_mesh(mesh):
         cut = jax.jit(linear)(x, placed, text)
     assert cut.sharding.shard_shape(cut.shape) == (6, 64)
@@ -151,7 +151,8 @@ def test_rule_of_tiles():
     """Every tile divides what it is for, and few tokens get thread blocks for every processor where the weight is long enough."""
     assert choose_tile(2048, 37888, 3456, False) == Tile(128, 128, 2, 1, 1)
     assert choose_tile(2048, 37888, 3584, True).rows == 64
-    assert choose_tile(1, 14336, 4096, False) == Tile(8, 64, 1, 4, 1)
+    assert choose_tile(1, 14336, 4096, False) == Tile(8, 64, 2, 2, 1)
+    assert choose_tile(256, 14336, 4096, False) == Tile(128, 128, 2, 1, 1) and choose_tile(128, 14336, 4096, False).rows == 64
     down = choose_tile(16, 3584, 18176, False)
     assert down.splits * 3584 // 64 >= 100 and down.tokens == 16
 
@@ -165,7 +166,7 @@ def test_shared_memory_suffices(tokens, dtype, group):
             for out, narrow in (("bfloat16", 0), ("float32", 0), ("bfloat16", 384), ("float32", 1024)):
                 tile = choose_tile(tokens, channels, width, group is not None)
                 m, n, k = (-(-d // t) * t for d, t in ((tokens, tile.tokens), (channels, tile.channels), (width, 128)))
-                planes = tuple(np.empty((n, k * field // 32), np.int32) for field in PLANES[bits])
+                planes = tuple(np.empty((k // 128, n, 4 * field), np.int32) for field in PLANES[bits])
                 side = np.empty((m, narrow), ml_dtypes.bfloat16) if narrow and group is None else None
                 o = Operands(np.empty((m, k), dtype), planes, None, None, side, (), None, None)
                 result = np.empty((0,), out)

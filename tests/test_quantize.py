@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,6 +254,16 @@ def test_quantize_is_pure_and_runs_under_eval_shape(params, stats):
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, shapes, real))
     jitted = jax.jit(lambda p, s: sq.quantize(p, s, recipe))(params, stats)
     assert relative_error(apply(jitted, planted_tokens()), apply(real, planted_tokens())) < 1e-4
+
+
+@pytest.mark.parametrize("given", [None, "default"])
+def test_weights_are_prepared_in_float32(params, stats, given):
+    """On accelerators too, unless the user has said otherwise."""
+    recipe = recipes.splitq("w4a4").replace(split=SPLIT)
+    with jax.default_matmul_precision(given):
+        text = str(jax.make_jaxpr(lambda p, s: sq.quantize(p, s, recipe))(params, stats))
+    found = re.findall(r"dot_general\[(.*?)\] ", text, re.DOTALL)
+    assert found and all("Precision.HIGHEST" in dot for dot in found) == (given is None)
 
 
 def test_effective_bits_count_everything(params, stats):

@@ -6,12 +6,13 @@ register R, ``E`` neighbouring columns (E = 4 for int8, 2 for bfloat16):
     column = 4 E R + E t + e,    e = 0 .. E - 1
 
 So of a block of B columns a lane holds B/4 codes of a row, in B / (4 E) registers. The packed layout stores them together: a plane of
-``field`` bits is int32 words ``(N, K field / 32)``; in a block's words those of lane t lie side by side, ``B field / 128`` of them, and
+``field`` bits is int32 words ``(S, N, step field / 32)``, S steps of ``step`` columns each, for what a thread block reads at a time, some
+rows of a step, should lie together in memory. In a block's words those of lane t lie side by side, ``B field / 128`` of them, and
 element e of register R lies in the lane's word ``R // F`` at bit ``(32/E) e + field (R % F)``, with ``F = 32 / (E field)``. One shift and
 one mask then bring a field of all elements of a register into place at once: no bytes are permuted and no integer is converted.
 
 Codes of 4 bits are one plane of 4-bit fields, those of 3 bits a plane of the low two bits and a plane of the sign bits: 3 bits in
-memory. Columns that do not fill a block are padded with zero codes.
+memory. Columns that do not fill a step are padded with zero codes.
 
 Expanded operands are *exact*: int8 holds ``code * 2^(8 - bits)`` (its high bits; the rescale divides by the power of two), bfloat16
 holds ``code``, as ``(2^7 + 2^(bits-1) + code) - (2^7 + 2^(bits-1))``, whose minuend is made by an exclusive or with the bits of 2^7.
@@ -39,24 +40,24 @@ class Word(Protocol):
     def __rshift__(self, other: int) -> Self: ...
 
 
-def pack_fragments(codes: Int[Array, "K N"], bits: int, elements: int, multiple: int = 128) -> tuple[Int[Array, "N _"], ...]:
+def pack_fragments(codes: Int[Array, "K N"], bits: int, elements: int, step: int = 128) -> tuple[Int[Array, "S N _"], ...]:
     """Pack int8 codes of ``bits`` bits in the order of registers.
 
     Args:
       codes: the matrix.
       bits: 3 or 4.
       elements: E, 4 for an int8 operand and 2 for a bfloat16 one.
-      multiple: of which K becomes a multiple, itself a multiple of a block.
+      step: of which K becomes a multiple, itself a multiple of a block.
 
     Returns:
-      A plane ``(N, K field / 32)`` of int32 words for each field of ``PLANES[bits]``.
+      A plane ``(S, N, step field / 32)`` of int32 words for each field of ``PLANES[bits]``.
 
     Raises:
       InputError: for other bits.
     """
     if bits not in PLANES:
         raise InputError(f"pack_fragments: {bits} bits; supported are 3 and 4")
-    codes = jnp.pad(codes.astype(jnp.int32).T, ((0, 0), (0, -codes.shape[0] % multiple)))
+    codes = jnp.pad(codes.astype(jnp.int32).T, ((0, 0), (0, -codes.shape[0] % step)))
     registers = BLOCK[bits] // (4 * elements)
     lanes = codes.reshape(codes.shape[0], -1, registers, 4, elements).transpose(0, 1, 3, 2, 4)  # N block lane register element
     planes, low = [], 0
@@ -66,26 +67,27 @@ def pack_fragments(codes: Int[Array, "K N"], bits: int, elements: int, multiple:
         words = jnp.sum(
             fields << shifts[None, None, None, None], axis=(-2, -1), dtype=jnp.int32
         )  # disjoint bits: the sum is their union, wrapping included
-        planes.append(words.reshape(words.shape[0], -1))
+        planes.append(words.reshape(words.shape[0], -1, step * field // 32).transpose(1, 0, 2))
         low += field
     return tuple(planes)
 
 
-def unpack_fragments(planes: tuple[Int[Array, "N _"], ...], bits: int, elements: int) -> Int[Array, "K N"]:
+def unpack_fragments(planes: tuple[Int[Array, "S N _"], ...], bits: int, elements: int) -> Int[Array, "K N"]:
     """Undo `pack_fragments`: int8 codes, K with its padding."""
-    n, registers = planes[0].shape[0], BLOCK[bits] // (4 * elements)
+    n, registers = planes[0].shape[1], BLOCK[bits] // (4 * elements)
     codes, low = jnp.zeros((), jnp.int32), 0
     for field, words in zip(PLANES[bits], planes, strict=True):
-        fields = (words[..., None, None] >> _shifts(field, elements)[None, None]) & (2**field - 1)  # N words F E
+        rows = words.transpose(1, 0, 2).reshape(n, -1)
+        fields = (rows[..., None, None] >> _shifts(field, elements)[None, None]) & (2**field - 1)  # N words F E
         codes = codes | (fields.reshape(n, -1, 4, registers, elements) << low)
         low += field
     codes = codes.transpose(0, 1, 3, 2, 4).reshape(n, -1)
     return jnp.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).astype(jnp.int8).T
 
 
-def fragment_rows(planes: tuple[Int[Array, "N _"], ...], bits: int) -> int:
-    """Return K with its padding."""
-    rows: int = planes[0].shape[1] * 32 // PLANES[bits][0]
+def fragment_rows(planes: tuple[Int[Array, "*S N _"], ...], bits: int) -> int:
+    """Return K with its padding, of all steps or of one."""
+    rows: int = planes[0].size // planes[0].shape[-2] * 32 // PLANES[bits][0]
     return rows
 
 

@@ -155,5 +155,5 @@ def _powers_and_mantissas(scale: Float[Array, "S N"]) -> tuple[Float[Array, "S N
 
 def _interpreted(o: Operands, interpret: bool) -> Tile | None:
     """Take the whole product as one tile where it is interpreted: the interpreter compiles anew for every thread block."""
-    m, n = o.x.shape[0], o.planes[0].shape[0]
+    m, n = o.x.shape[0], o.planes[0].shape[1]
     return Tile(-(-m // 32) * 32, -(-n // 64) * 64, 1, 1, 1) if interpret else None

@@ -52,7 +52,7 @@ def kernel(o: Any, out: Any, *, bits: int, group: int | None, tile: Tile, regist
 
 
 def _slots(o: Any, out: Any, bits: int, group: int | None, tile: Tile) -> tuple[int, int]:
-    """Return how many slots the rings have: as many as fit, for small tiles beside a second thread block if two rounds fit so."""
+    """Return how many slots the rings have: what hides the memory's latency, or as many as fit."""
     side_slots = 0 if o.side is None else max(2, tile.along)
     slot_bytes = STEP * (tile.tokens * o.x.dtype.itemsize + tile.channels * bits // 8)
     if group is not None:
@@ -60,23 +60,19 @@ def _slots(o: Any, out: Any, bits: int, group: int | None, tile: Tile) -> tuple[
     other_bytes = side_slots * SIDE_STEP * (2 * tile.tokens + tile.channels // 2)
     other_bytes += 2 * tile.across * tile.chunk * ROWS * out.dtype.itemsize
     other_bytes += 4 * (tile.along - 1) * tile.channels * tile.tokens + 4096
-    for blocks in (1,) if tile.along == 1 else (2, 1):
-        room = SHARED_BYTES // blocks - other_bytes
-        slots = min(8 * tile.along, room // slot_bytes) // tile.along * tile.along
-        if slots >= 2 * tile.along:
-            break
+    slots = min(8 if tile.along == 1 else 32, (SHARED_BYTES - other_bytes) // slot_bytes) // tile.along * tile.along
     return max(slots, tile.along), side_slots
 
 
 def _share(o: Any, bits: int, group: int | None, tile: Tile, slots: int, side_slots: int, registers: Any) -> Work:
     """Cut the product: blocks that run at a time share their output channels, so weights are read from memory once."""
     block = lax.axis_index("block")
-    token_tiles, channel_tiles = o.x.shape[0] // tile.tokens, o.planes[0].shape[0] // tile.channels
+    token_tiles, channel_tiles = o.x.shape[0] // tile.tokens, o.planes[0].shape[1] // tile.channels
     token, block = lax.rem(block, token_tiles), lax.div(block, token_tiles)
     channel, split = lax.rem(block, channel_tiles), lax.div(block, channel_tiles)
     steps = o.x.shape[1] // STEP
     first, last = lax.div(split * steps, tile.splits), lax.div((split + 1) * steps, tile.splits)
-    side = tuple(words.shape[1] * 8 // SIDE_STEP for words in o.side_words)
+    side = tuple(words.shape[0] for words in o.side_words)
     token, channel = token * tile.tokens, channel * tile.channels
     return Work(bits, tile, group, slots, side_slots, token, channel, split, first, last - first, side, registers)
 
@@ -119,9 +115,8 @@ def _copy(o: Any, memory: Memory, work: Work) -> None:
         _wait_when(i >= work.slots, memory.empty.at[slot])
         full = memory.full.at[slot]
         plgpu.copy_gmem_to_smem(o.x.at[tokens, pl.ds(step * STEP, STEP)], memory.x.at[slot], full)
-        for field, plane, words in zip(PLANES[work.bits], o.planes, memory.planes, strict=True):
-            width = STEP * field // 32
-            plgpu.copy_gmem_to_smem(plane.at[channels, pl.ds(step * width, width)], words.at[slot], full)
+        for plane, words in zip(o.planes, memory.planes, strict=True):
+            plgpu.copy_gmem_to_smem(plane.at[step, channels], words.at[slot], full)
         if work.group is not None:
             count = max(1, STEP // work.group)
             group = pl.ds(lax.div(step * STEP, work.group), count)
@@ -136,8 +131,7 @@ def _copy(o: Any, memory: Memory, work: Work) -> None:
             _wait_when(before + i >= work.side_slots, memory.side_empty.at[slot])
             full = memory.side_full.at[slot]
             plgpu.copy_gmem_to_smem(o.side.at[tokens, pl.ds((before + i) * SIDE_STEP, SIDE_STEP)], memory.side.at[slot], full)
-            packed = words.at[channels, pl.ds(i * (SIDE_STEP // 8), SIDE_STEP // 8)]
-            plgpu.copy_gmem_to_smem(packed, memory.words.at[slot], full)
+            plgpu.copy_gmem_to_smem(words.at[i, channels], memory.words.at[slot], full)
 
         lax.fori_loop(0, work.side_steps(work.side[number]), side, None)
         before += work.side[number]

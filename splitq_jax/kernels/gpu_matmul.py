@@ -14,6 +14,7 @@ Where even that leaves processors idle, thread blocks split the input channels a
 the gain is the weights' memory, not arithmetic.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -29,11 +30,12 @@ PROCESSORS = 132  # of an H100 or H200
 
 
 def choose_tile(tokens: int, channels: int, width: int, groups: bool) -> Tile:
-    """Choose by rule.
+    """Choose by rule, from what an H200 took for tiles of each kind.
 
-    Many tokens: tiles of 256 channels by 128 tokens reuse what they load most; scales per group need a second accumulator, so half the
-    channels. Few tokens, or too few such tiles to fill the processors: 64 channels, four warpgroups along the input channels to expand
-    weights as fast as memory delivers them, and as many splits as give every processor a tile (no less than 16 steps each).
+    Many tokens: tiles of 128 tokens by 256 or 128 channels, whichever takes less time in all; a round of the wider ones takes 1.8 times as
+    long. Scales per group need a second accumulator, so half the channels. Few tokens: 128 channels, and a second pair of warpgroups along
+    the input channels, to expand weights as fast as memory delivers them; 64 channels and four warpgroups along where wider tiles would
+    leave half of the processors idle. Tiles too few for all processors split the input channels, no less than 16 steps each.
 
     Args:
       tokens: M.
@@ -41,13 +43,21 @@ def choose_tile(tokens: int, channels: int, width: int, groups: bool) -> Tile:
       width: K.
       groups: whether the scales are per group of input channels.
     """
-    rows = 64 if groups or channels % 256 else 128
-    if tokens > 64 and -(-tokens // 128) * -(-channels // (2 * rows)) >= PROCESSORS:
-        return Tile(128, rows, 2, 1, 1)
-    columns = next(c for c in (8, 16, 32, 64) if tokens <= c or c == 64)
-    tiles = -(-tokens // columns) * -(-channels // 64)
-    splits = max(1, min(PROCESSORS // tiles, width // (16 * STEP)))
-    return Tile(columns, 64, 1, 4, splits)
+
+    def count(tile: Tile) -> int:
+        return -(-tokens // tile.tokens) * -(-channels // tile.channels)
+
+    if tokens > 64:
+        tile, wide = Tile(128, 64, 2, 1, 1), Tile(128, 128, 2, 1, 1)
+        rounds = [-(-count(t) // PROCESSORS) for t in (tile, wide)]
+        if not groups and channels % wide.channels == 0 and 1.8 * rounds[1] <= rounds[0]:
+            tile = wide
+    else:
+        columns = next(c for c in (8, 16, 32, 64) if tokens <= c)
+        tile = Tile(columns, 64, 2, 1 if groups and columns == 64 else 2, 1)  # so many sums do not fit five warpgroups' registers
+        if channels % tile.channels or 2 * count(tile) < PROCESSORS:
+            tile = Tile(columns, 64, 1, 2 if groups and columns == 64 else 4, 1)
+    return replace(tile, splits=max(1, min(PROCESSORS // count(tile), width // (16 * STEP))))
 
 
 @partial(jax.jit, static_argnames=("bits", "group", "dtype", "tile", "interpret"))  # sites of one shape share a trace
@@ -64,7 +74,7 @@ def matmul(
       tile: None to choose by rule.
       interpret: run in Python what a GPU would.
     """
-    (m, k), n = operands.x.shape, operands.planes[0].shape[0]
+    (m, k), n = operands.x.shape, operands.planes[0].shape[1]
     tile = tile or choose_tile(m, n, k, group is not None)
     padded = _pad(operands, -m % tile.tokens, -n % tile.channels)
     shape = (tile.splits, m + -m % tile.tokens, n + -n % tile.channels)
@@ -91,13 +101,16 @@ def _pad(o: Operands, tokens: int, channels: int) -> Operands:
     def rows(a: Array, count: int) -> Array:
         return jnp.pad(a, ((0, count), *[(0, 0)] * (a.ndim - 1))) if count else a
 
+    def columns(a: Array) -> Array:
+        return jnp.pad(a, ((0, 0), (0, channels), *[(0, 0)] * (a.ndim - 2))) if channels else a
+
     return Operands(
         rows(o.x, tokens),
-        tuple(rows(p, channels) for p in o.planes),
-        rows(o.scale.T, channels).T,
+        tuple(columns(p) for p in o.planes),
+        columns(o.scale),
         None if o.token_scale is None else rows(o.token_scale, tokens),
         None if o.side is None else rows(o.side, tokens),
-        tuple(rows(w, channels) for w in o.side_words),
-        None if o.side_scale is None else tuple(rows(s.T, channels).T for s in o.side_scale),
+        tuple(columns(w) for w in o.side_words),
+        None if o.side_scale is None else tuple(columns(s) for s in o.side_scale),
         None if o.bias is None else rows(o.bias, channels),
     )

@@ -17,21 +17,21 @@ class Operands(NamedTuple):
 
     Attributes:
       x: int8 codes or bfloat16 tokens.
-      planes: the weight's words, in the order of ``x``'s type.
+      planes: the weight's words, in the order of ``x``'s type, in steps of `STEP`.
       scale: float32, per output channel (G = 1), or per group of input channels.
       token_scale: float32, or None for 1.
       side: the narrow operand, bfloat16, or None.
-      side_words: what it is multiplied by, 4-bit codes in the order of bfloat16, one segment of ``side`` after the other.
+      side_words: what it is multiplied by, 4-bit codes in the order of bfloat16 and steps of `SIDE_STEP`, one segment of ``side`` after the other.
       side_scale: per output channel, of the first S segments; the others have none. Its powers of two and its mantissas, float32.
       bias: or None.
     """
 
     x: Array
-    planes: tuple[Int[Array, "N _"], ...]
+    planes: tuple[Int[Array, "S N _"], ...]
     scale: Float[Array, "G N"]
     token_scale: Float[Array, " M"] | None
     side: Float[Array, "M R"] | None
-    side_words: tuple[Int[Array, "N _"], ...]
+    side_words: tuple[Int[Array, "S N _"], ...]
     side_scale: tuple[Float[Array, "S N"], Float[Array, "S N"]] | None
     bias: Float[Array, " N"] | None
 
@@ -43,7 +43,7 @@ class Tile:
     Attributes:
       tokens: of a thread block.
       rows: output channels of a warpgroup, 64 or 128.
-      across: warpgroups along the output channels.
+      across: warpgroups along the output channels; no more than 2 where ``along`` is 1: they would wait for registers for ever.
       along: warpgroups that deal a tile's input channels among them.
       splits: thread blocks that do.
     """

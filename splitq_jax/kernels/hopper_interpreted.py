@@ -13,12 +13,12 @@ from splitq_jax.kernels.fragment import unpack_fragments
 
 def int8_operand(planes: tuple[Int[Array, "R _"], ...], bits: int) -> Int[Array, "R K"]:
     """Expand planes to ``code * 2^(8 - bits)``."""
-    return unpack_fragments(planes, bits, 4).T * jnp.int8(2 ** (8 - bits))
+    return unpack_fragments(tuple(p[None] for p in planes), bits, 4).T * jnp.int8(2 ** (8 - bits))
 
 
 def bfloat16_operand(planes: tuple[Int[Array, "R _"], ...], bits: int) -> BFloat16[Array, "R K"]:
     """Expand planes to codes."""
-    return unpack_fragments(planes, bits, 2).T.astype(jnp.bfloat16)
+    return unpack_fragments(tuple(p[None] for p in planes), bits, 2).T.astype(jnp.bfloat16)
 
 
 def load(ref: Any, layout: Any, optimized: bool = True) -> Array:
