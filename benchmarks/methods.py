@@ -22,7 +22,7 @@ from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
 from splitq_jax.commands import FIT_FLAGS, RECIPE_FLAGS
 from splitq_jax.flags import add_fields, given
 from splitq_jax.output import make_console, progress_bar
-from splitq_jax.pipeline import Setup, quantized, result_row
+from splitq_jax.pipeline import Setup, keep_freed_memory, quantized, result_row
 from splitq_jax.recipe import Recipe
 
 METHODS = ("rtn", "smoothquant", "flatquant", "random-channels", "mocd", "mocd-cws", "splitq", "splitq-fixed")
@@ -68,6 +68,7 @@ def main() -> None:
     if not wanted:
         console.print(evaluation.table(rows))
         return
+    keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder, progress_bar(console) as bar:
         demo_model.build(args.size, Path(folder) / "model", seed=args.model_seed)
         setup = Setup.open(Path(folder) / "model", EasyVqa(Path(folder) / "data"))

@@ -26,7 +26,7 @@ from splitq_jax.linear import SplitWeight
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, output_folder, progress_bar
-from splitq_jax.pipeline import CHANNELS, Setup, channels_of, quantized, result_row, source
+from splitq_jax.pipeline import CHANNELS, Setup, channels_of, keep_freed_memory, quantized, result_row, source
 
 RECIPE_FLAGS = (
     *("select", "clusters", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
@@ -126,6 +126,7 @@ def calibrate(options: argparse.Namespace) -> None:
 
 
 def _float_setup(options: argparse.Namespace) -> Setup:
+    keep_freed_memory()
     setup = Setup.open(options.model, source(options.data, options.data_dir), options.follow_links)
     if any(isinstance(leaf, SplitWeight) for leaf in quantization.kernels(setup.params).values()):
         raise InputError(f"{options.model}: is quantized already; give the float model")

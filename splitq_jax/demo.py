@@ -22,7 +22,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.mocd import SiteStats
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, output_folder, progress_bar
-from splitq_jax.pipeline import CHANNELS, Params, Setup, channels_of, quantized, result_row
+from splitq_jax.pipeline import CHANNELS, Params, Setup, channels_of, keep_freed_memory, quantized, result_row
 from splitq_jax.quantization import kernels
 from splitq_jax.recipe import Recipe
 
@@ -49,7 +49,7 @@ class DemoConfig:
     """
 
     out: Path = Path("splitq-demo")
-    scheme: str = "w4a4"
+    scheme: str = "w3a3"  # where the methods differ visibly
     method: str = "splitq"
     effort: str = "light"
     limit: int = 150  # one batch: more of them cost as much again
@@ -71,6 +71,7 @@ def run(config: DemoConfig) -> Path:
     chosen = [recipe.named(name, config.scheme).replace(seed=config.seed) for name in names]
     if config.effort not in EFFORTS:
         raise InputError(f"--effort {config.effort!r}: expected one of {', '.join(EFFORTS)}")
+    keep_freed_memory()
     runs = config.out.with_name(f"{config.out.name}.run")
     with output_folder(config.out, config.overwrite) as folder:
         console = make_console()

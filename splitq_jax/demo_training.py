@@ -34,6 +34,7 @@ from splitq_jax.linear import Lora
 from splitq_jax.models import smollm2
 from splitq_jax.models.llava import Llava, LlavaConfig
 from splitq_jax.models.vision import VisionConfig, VisionTower
+from splitq_jax.pipeline import keep_freed_memory
 
 SHAPES = ("circle", "rectangle", "triangle")
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -293,6 +294,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=272, help="tokens a row")
     parser.add_argument("--init", type=Path, default=None, help="an earlier run's factors, of the same size, to train further")
     args = parser.parse_args()
+    keep_freed_memory()
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = smollm2.tokenizer(args.base)

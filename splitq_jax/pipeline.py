@@ -1,5 +1,7 @@
 """What the demo, the command line and the benchmarks share: batches for a model, and one method from calibration to result."""
 
+import ctypes
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from splitq_jax.recipe import Recipe
 
 Params = dict[str, Any]
 EVALUATION_LENGTHS, MANY = (224, 288, 416), 2000
+MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-8, 1))  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
 CHANNELS = "channels"  # the per-channel maxima beside a quantized model's parameters
 
 
@@ -48,6 +51,18 @@ def source(data: str, data_dir: Path) -> Source:
     if data.endswith((".jsonl", ".json")):
         return Jsonl(data)
     raise InputError(f"--data {data!r}: expected easy-vqa or a .jsonl file")
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where the C library is glibc.
+
+    XLA's CPU buffers are large and short-lived: each would come from the system anew, page by page, a seventh of training's time, and
+    threads with heaps of their own would hold more.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in MALLOPT:
+            mallopt(parameter, value)
 
 
 @dataclass(frozen=True)

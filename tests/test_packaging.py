@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import platform
 import shutil
 import subprocess
 import sys
@@ -113,3 +114,24 @@ assert not loaded, loaded
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT.parent)
     assert done.returncode == 0, done.stderr
     assert "quantize" in done.stdout
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")
+def test_freed_memory_is_kept():
+    """What is allocated again comes from the process, not page by page from the system."""
+    code = """
+import resource, numpy
+from splitq_jax.pipeline import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    numpy.ones(1 << 23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+anew = [faults() for _ in range(3)][-1]
+keep_freed_memory()
+print(anew, [faults() for _ in range(3)][-1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    anew, kept = map(int, done.stdout.split())
+    assert kept < anew / 4
