@@ -104,6 +104,7 @@ def test_statistics_do_not_depend_on_the_sharding(devices, tiny):
     assert_equal_stats(*(calib.collect(model, params, merged(4), SPLIT, mesh=mesh) for mesh in meshes))
 
 
+@pytest.mark.slow
 def test_one_and_eight_devices_train_alike():
     """With a model none of whose codes lies within float32's rounding of the edge between two: a code on the edge falls either way."""
     model, params = model_and_params(3)
@@ -179,7 +180,7 @@ def test_training_lowers_the_held_out_error(tiny, stats):
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tiny, stats, tmp_path):
     model, params = tiny
-    recipe = recipe_of("splitq")
+    recipe = recipe_of("flatquant")
     prepared = prepare(params, stats, recipe)
     whole, errors = calib.fit(model, params, prepared, batches(2), SHORT)
     key = fingerprint(params, recipe, SHORT)
@@ -235,6 +236,7 @@ def test_site_errors_are_numpys(tiny, stats):
     assert found.keys() == stats.keys()
 
 
+@pytest.mark.slow
 def test_the_vision_tower_too(tiny):
     model, params = tiny
     recipe = recipe_of("splitq", vision="w4a4")

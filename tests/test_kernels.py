@@ -91,7 +91,7 @@ def test_integer_sums_are_exact(backend, bits):
     assert (got == np.asarray(a.values, np.int64)[:, : main.rows] @ numpy_codes(main)).all()
 
 
-@pytest.mark.parametrize("count", [128, 2048])
+@pytest.mark.parametrize("count", [128, pytest.param(2048, marks=pytest.mark.slow)])
 def test_many_tokens(backend, count):
     w = site_of(3, 1536, 160, (4, 4), ranks=(16, 32), transform=False)
     a = given_operands(3, count, w)
