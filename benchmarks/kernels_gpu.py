@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from splitq_jax.kernels.fragment import PLANES, unpack_fragments
-from splitq_jax.kernels.gpu import _powers_and_mantissas
 from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
 from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands
 
@@ -56,7 +55,7 @@ def operands_of(kind: str, tokens: int) -> tuple[Any, ...]:
     def words(width: int, field: int, step: int = STEP) -> jax.Array:
         return jnp.asarray(rng.integers(-(2**31), 2**31, (width // step, N, step * field // 32), dtype=np.int64).astype(np.int32))
 
-    columns = np.exp(rng.standard_normal((sum(scaled for _, scaled in side), N))).astype(np.float32)
+    columns = np.exp(rng.standard_normal((sum(scaled for _, scaled in side), 1, N))).astype(np.float32)
     x = rng.integers(-128, 128, (tokens, K)).astype(np.int8) if integer else rng.standard_normal((tokens, K))
     operands = Operands(
         x=jnp.asarray(x, jnp.int8 if integer else jnp.bfloat16),
@@ -65,7 +64,7 @@ def operands_of(kind: str, tokens: int) -> tuple[Any, ...]:
         token_scale=jnp.asarray(np.exp(rng.standard_normal(tokens)), jnp.float32) if integer else None,
         side=jnp.asarray(rng.standard_normal((tokens, sum(w for w, _ in side))), jnp.bfloat16) if side else None,
         side_words=tuple(words(width, 4, SIDE_STEP) for width, _ in side),
-        side_scale=_powers_and_mantissas(jnp.asarray(columns)) if side else None,
+        side_scale=tuple(jnp.asarray(scale) for scale in columns),
         bias=None,
     )
     return (operands,)
@@ -93,11 +92,11 @@ def check(o: Operands, bits: int, got: jax.Array) -> None:
     scale = np.asarray(o.scale, np.float64)[:, channels]
     x = np.asarray(o.x, np.float64) * (1 if o.token_scale is None else np.asarray(o.token_scale, np.float64)[:, None])
     terms = [(x, codes(o.planes, bits, 2 if o.token_scale is None else 4) * np.repeat(scale, K // scale.shape[0], 0))]
-    begin, scaled = 0, 0 if o.side_scale is None else o.side_scale[0].shape[0]
+    begin = 0
     for i, packed in enumerate(o.side_words):
         narrow = codes((packed,), 4, 2)
-        if i < scaled and o.side_scale is not None:
-            narrow = narrow * np.prod([np.asarray(part[i, channels], np.float64) for part in o.side_scale], axis=0)
+        if i < len(o.side_scale):
+            narrow = narrow * np.asarray(o.side_scale[i][0, channels], np.float64)
         terms.append((np.asarray(o.side[:, begin : begin + len(narrow)], np.float64), narrow))
         begin += len(narrow)
     value, magnitude = (sum(f(a) @ f(b) for a, b in terms) for f in (np.asarray, np.abs))

@@ -6,7 +6,7 @@ scalar: one compiled training step then serves every scheme. 16 bits and more me
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +78,18 @@ def scale_of(x: Float[Array, "*B"], bits: Bits, clip: Float[Array, " 2 *C"] | No
     return jnp.where(step > np.finfo(np.float32).tiny, step, jnp.ones_like(step))
 
 
+def _limits(bits: Bits, dtype: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    low, high = code_range(bits)
+    return low.astype(dtype), high.astype(dtype)
+
+
+def _codes(x: Float[Array, "*B"], scale: Float[Array, "*B1"], bits: Bits) -> Float[Array, "*B"]:
+    return jnp.clip(jnp.round(x / scale), *_limits(bits, x.dtype))
+
+
 def encode(x: Float[Array, "*B"], scale: Float[Array, "*B1"], bits: int) -> Int[Array, "*B"]:
     """Round to nearest (ties to even) and clamp; int8 codes, so ``bits <= 8``."""
-    low, high = code_range(bits)
-    return jnp.clip(jnp.round(x / scale), low.astype(x.dtype), high.astype(x.dtype)).astype(jnp.int8)
+    return _codes(x, scale, bits).astype(jnp.int8)
 
 
 def fake_quantize(
@@ -97,8 +105,7 @@ def fake_quantize(
 
 @jax.custom_vjp
 def _rounded(x: Float[Array, "*B"], scale: Float[Array, "*B1"], bits: Int[Array, ""]) -> Float[Array, "*B"]:
-    low, high = (limit.astype(x.dtype) for limit in code_range(bits))
-    return jnp.where(bits >= FLOAT_BITS, x, jnp.clip(jnp.round(x / scale), low, high) * scale)
+    return jnp.where(bits >= FLOAT_BITS, x, _codes(x, scale, bits) * scale)
 
 
 def _rounded_forward(x: Array, scale: Array, bits: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -108,7 +115,7 @@ def _rounded_forward(x: Array, scale: Array, bits: Array) -> tuple[Array, tuple[
 def _rounded_backward(saved: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, None]:
     # written out: `jnp.clip` halves the gradient of what lies on a limit, and every value of the last code does once it is rounded
     x, scale, bits = saved
-    low, high = (limit.astype(x.dtype) for limit in code_range(bits))
+    low, high = _limits(bits, x.dtype)
     exact = x / scale
     code = jnp.round(exact)
     inside = (code >= low) & (code <= high)

@@ -104,7 +104,7 @@ def main() -> int:
             shape((m,), "float32") if integer else None,
             shape((m, sum(w for w, _ in side)), "bfloat16") if side else None,
             tuple(shape((w // SIDE_STEP, n, SIDE_STEP // 8), "int32") for w, _ in side),
-            (shape((scaled, n), "float32"),) * 2 if scaled else None,
+            (shape((1, n), "float32"),) * scaled,
             shape((n,), "float32"),
         )
         before = set(glob.glob(dump + "/**/*.ptx", recursive=True))

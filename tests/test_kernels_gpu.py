@@ -16,6 +16,7 @@ from kernel_reference import ACCUMULATION, assert_close, mask_of, site_of, token
 from splitq_jax.kernels import api, gpu, gpu_kernel, hopper
 from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, fragment_rows, pack_fragments, unpack_fragments
 from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
+from splitq_jax.kernels.gpu_products import power_and_mantissa
 from splitq_jax.kernels.gpu_tile import Operands, Tile, Work
 from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
@@ -142,7 +143,7 @@ def test_on_a_gpu_nothing_is_interpreted(monkeypatch):
 
 def test_powers_and_mantissas_are_exact():
     scale = np.array([[1.2e-38, 3e-20, 0.1, 1.0, 1.9999999, 7.5, 3e38]], np.float32)
-    power, mantissa = (np.asarray(v, np.float64) for v in gpu._powers_and_mantissas(jnp.asarray(scale)))
+    power, mantissa = (np.asarray(v, np.float64) for v in power_and_mantissa(jnp.asarray(scale)))
     assert (power * mantissa == scale).all() and (mantissa >= 1).all() and (mantissa < 2).all()
     assert (np.log2(power) % 1 == 0).all()
 
@@ -168,7 +169,7 @@ def test_shared_memory_suffices(tokens, dtype, group):
                 m, n, k = (-(-d // t) * t for d, t in ((tokens, tile.tokens), (channels, tile.channels), (width, 128)))
                 planes = tuple(np.empty((k // 128, n, 4 * field), np.int32) for field in PLANES[bits])
                 side = np.empty((m, narrow), ml_dtypes.bfloat16) if narrow and group is None else None
-                o = Operands(np.empty((m, k), dtype), planes, None, None, side, (), None, None)
+                o = Operands(np.empty((m, k), dtype), planes, None, None, side, (), (), None)
                 result = np.empty((0,), out)
                 slots, side_slots = gpu_kernel._slots(o, result, bits, group, tile)
                 work = Work(bits, tile, group, slots, side_slots, 0, 0, 0, 0, 0, (), None)
@@ -214,7 +215,7 @@ def product(rng, m, k, n, bits, group=None, side=(), bias=False, integer=True):
         None if token_scale is None else jnp.asarray(token_scale),
         jnp.asarray(np.concatenate(sides, 1)) if side else None,
         tuple(words),
-        gpu._powers_and_mantissas(jnp.asarray(np.stack(columns))) if columns else None,
+        tuple(jnp.asarray(c[None]) for c in columns),
         None if offset is None else jnp.asarray(offset),
     )
     return operands, sum(a @ b for a, b in terms), sum(np.abs(a) @ np.abs(b) for a, b in terms)

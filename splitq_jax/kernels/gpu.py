@@ -9,7 +9,6 @@ that quantized inside would read, and transform, whole tokens once a tile.
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float
 
@@ -18,13 +17,16 @@ from splitq_jax.kernels.fragment import PLANES, pack_fragments
 from splitq_jax.kernels.gpu_matmul import matmul
 from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands, Tile
 from splitq_jax.kernels.operands import Activations, keeps_floats, segments, widen
+from splitq_jax.numerics import in_float32
 from splitq_jax.qtensor import QTensor
+from splitq_jax.transforms import Transform, apply
 
 if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
 else:
     SplitWeight = Any
 
+NARROW = 256  # channels: a matrix of so many rows is read as fast as a kernel starts
 INT8, BFLOAT16 = 4, 2  # elements of a register, by which `QTensor.elements` names the layouts
 
 
@@ -56,9 +58,16 @@ def relayout(w: SplitWeight | QTensor) -> SplitWeight | QTensor:
 def _relayout_site(w: SplitWeight) -> SplitWeight:
     main, *others = w.groups
     groups = [replace(main, w=_fragments(main.w, BFLOAT16 if keeps_floats(w) else INT8, STEP))]
-    groups += [replace(g, w=_fragments(g.w, BFLOAT16, SIDE_STEP)) for g in others]
+    groups += [replace(g, w=_fragments(g.w, BFLOAT16, SIDE_STEP), transform=_dense(g.transform, g.w.rows)) for g in others]
     branches = None if w.branches is None else replace(w.branches, v=_fragments(w.branches.v, BFLOAT16, SIDE_STEP))
     return replace(w, groups=tuple(groups), branches=branches)
+
+
+@in_float32
+def _dense(t: Transform, size: int) -> Transform:
+    """Return a narrow group's transform as one matrix: for few tokens XLA's kernels cost more than their work."""
+    is_dense = t.d is None and t.p1 is None
+    return t if is_dense or size > NARROW else Transform(None, None, apply(t, jnp.eye(size, dtype=jnp.float32)))
 
 
 def _fragments(w: QTensor, elements: int, multiple: int) -> QTensor:
@@ -90,7 +99,6 @@ def quantized_matmul(
     """Multiply prepared tokens by a site (see `api.quantized_matmul`)."""
     laid = _relayout_site(w)
     main, narrow = laid.groups[0].w, segments(laid)
-    columns = [s.columns[0] for s in narrow if s.columns is not None]
     operands = Operands(
         x=_fit(a.values if a.scale is not None else a.values.astype(jnp.bfloat16), main),
         planes=main.words,
@@ -98,7 +106,7 @@ def quantized_matmul(
         token_scale=None if a.scale is None else a.scale[:, 0].astype(jnp.float32),
         side=None if a.side is None else _side(a.side, w, laid).astype(jnp.bfloat16),
         side_words=tuple(s.w.words[0] for s in narrow),
-        side_scale=_powers_and_mantissas(jnp.stack(columns).astype(jnp.float32)) if columns else None,
+        side_scale=tuple(s.columns.astype(jnp.float32) for s in narrow if s.columns is not None),
         bias=None if bias is None else bias.astype(jnp.float32),
     )
     return matmul(operands, main.bits, None, dtype, _interpreted(operands, interpret), interpret)
@@ -127,7 +135,7 @@ def weight_only_matmul(
     if group is not None:
         scale = jnp.pad(scale, ((0, -(-laid.padded_rows // group) - scale.shape[0]), (0, 0)))
     bias = None if bias is None else bias.astype(jnp.float32)
-    operands = Operands(widen(x.astype(jnp.bfloat16), laid.padded_rows), laid.words, scale, None, None, (), None, bias)
+    operands = Operands(widen(x.astype(jnp.bfloat16), laid.padded_rows), laid.words, scale, None, None, (), (), bias)
     return matmul(operands, laid.bits, group, dtype, _interpreted(operands, interpret), interpret)
 
 
@@ -144,13 +152,6 @@ def _side(side: Float[Array, "M R"], w: SplitWeight, laid: SplitWeight) -> Float
 def _fit(x: Float[Array, "M _"], w: QTensor) -> Float[Array, "M _"]:
     """Make ``x``, zero beyond the weight's rows, as wide as the weight's padded rows."""
     return x if x.shape[1] == w.padded_rows else widen(x[:, : w.rows], w.padded_rows)
-
-
-def _powers_and_mantissas(scale: Float[Array, "S N"]) -> tuple[Float[Array, "S N"], Float[Array, "S N"]]:
-    """Write float32 scales as powers of two times mantissas in [1, 2), exactly."""
-    bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
-    power, mantissa = bits & -0x00800000, bits & 0x007FFFFF | 0x3F800000  # sign and exponent; fraction
-    return jax.lax.bitcast_convert_type(power, jnp.float32), jax.lax.bitcast_convert_type(mantissa, jnp.float32)
 
 
 def _interpreted(o: Operands, interpret: bool) -> Tile | None:

@@ -111,6 +111,6 @@ def _pad(o: Operands, tokens: int, channels: int) -> Operands:
         None if o.token_scale is None else rows(o.token_scale, tokens),
         None if o.side is None else rows(o.side, tokens),
         tuple(columns(w) for w in o.side_words),
-        None if o.side_scale is None else tuple(columns(s) for s in o.side_scale),
+        tuple(columns(s) for s in o.side_scale),
         None if o.bias is None else rows(o.bias, channels),
     )

@@ -106,32 +106,35 @@ def _side(o: Any, memory: Memory, work: Work, across: Any, along: Any, y: Float[
     tile, before = work.tile, 0
     rows = pl.ds(across * tile.rows, tile.rows)
     channels = pl.ds(work.channel + across * tile.rows, tile.rows)
-    scaled = 0 if o.side_scale is None else o.side_scale[0].shape[0]
-
-    def per_row(ref: Any) -> Array:
-        return work.registers.load_vector(ref.at[number, channels], hopper.ROWS)
-
     for number, count in enumerate(work.side):
-        power = per_row(o.side_scale[0]).astype(jnp.bfloat16) if number < scaled else None
+        power = mantissa = None
+        if number < len(o.side_scale):
+            power, mantissa = power_and_mantissa(work.registers.load_vector(o.side_scale[number].at[0, channels], hopper.ROWS))
 
         def products(accumulator: Any, power: Any = power, count: int = count, before: int = before) -> None:
             def step(slot: Any) -> None:
                 words = work.registers.load(memory.words.at[slot, rows], hopper.plane_layout(2))
                 codes = work.registers.bfloat16_operand((words,), 4)
-                operand = codes if power is None else codes * _down(power, SIDE_STEP)
+                operand = codes if power is None else codes * _down(power.astype(jnp.bfloat16), SIDE_STEP)
                 work.registers.wgmma(accumulator, operand, memory.side.at[slot])
                 work.registers.wgmma_wait()
 
             rings = memory.side_full, memory.side_empty, work.side_slots
             _steps(*rings, work.side_steps(count), tile.along, along, before, step)
 
-        if number < scaled:
-            mantissa = per_row(o.side_scale[1])
+        if mantissa is not None:
             y = work.registers.accumulated(y * _down(1 / mantissa, tile.tokens), products) * _down(mantissa, tile.tokens)
         else:
             y = work.registers.accumulated(y, products)
         before += count
     return y
+
+
+def power_and_mantissa(scale: Float[Array, " R"]) -> tuple[Float[Array, " R"], Float[Array, " R"]]:
+    """Write float32 scales as powers of two times mantissas in [1, 2), exactly."""
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    power, mantissa = bits & -0x00800000, bits & 0x007FFFFF | 0x3F800000  # sign and exponent; fraction
+    return lax.bitcast_convert_type(power, jnp.float32), lax.bitcast_convert_type(mantissa, jnp.float32)
 
 
 def _steps(

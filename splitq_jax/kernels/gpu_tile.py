@@ -22,7 +22,7 @@ class Operands(NamedTuple):
       token_scale: float32, or None for 1.
       side: the narrow operand, bfloat16, or None.
       side_words: what it is multiplied by, 4-bit codes in the order of bfloat16 and steps of `SIDE_STEP`, one segment of ``side`` after the other.
-      side_scale: per output channel, of the first S segments; the others have none. Its powers of two and its mantissas, float32.
+      side_scale: float32, per output channel, of the first segments; the others have none.
       bias: or None.
     """
 
@@ -32,7 +32,7 @@ class Operands(NamedTuple):
     token_scale: Float[Array, " M"] | None
     side: Float[Array, "M R"] | None
     side_words: tuple[Int[Array, "S N _"], ...]
-    side_scale: tuple[Float[Array, "S N"], Float[Array, "S N"]] | None
+    side_scale: tuple[Float[Array, "1 N"], ...]
     bias: Float[Array, " N"] | None
 
 
