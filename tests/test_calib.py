@@ -168,14 +168,11 @@ def test_frozen_codes_are_what_was_trained(scheme, tiny, stats):
 @pytest.mark.slow
 def test_training_lowers_the_held_out_error(tiny, stats):
     model, params = tiny
-    after = {}
-    for method in ("flatquant", "splitq"):
-        recipe = recipe_of(method)
-        config = FitConfig(epochs=10, batch=4)
-        _, errors = calib.fit(model, params, prepare(params, stats, recipe), batches(8), config, held_out=batches(2, seed=9))
+    config = FitConfig(epochs=10, batch=4)
+    for method in ("flatquant", "splitq"):  # which of them ends lower, so small a random model cannot tell
+        prepared = prepare(params, stats, recipe_of(method))
+        _, errors = calib.fit(model, params, prepared, batches(8), config, held_out=batches(2, seed=9))
         assert all(e.after < 0.9 * e.before for e in errors), errors
-        after[method] = np.mean([e.after for e in errors])
-    assert after["splitq"] < after["flatquant"]
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tiny, stats, tmp_path):
