@@ -23,6 +23,7 @@ import numpy as np
 
 from splitq_jax import demo_model
 from splitq_jax.kernels.layout import native
+from splitq_jax.linear import SplitWeight
 from splitq_jax.models.cache import empty
 from splitq_jax.models.generate import State, advance
 from splitq_jax.models.llava import Llava, LlavaConfig
@@ -69,15 +70,16 @@ def decoder(config: dict[str, Any], layers: int, scheme: tuple[int, int, bool] |
     w_bits, a_bits, split = scheme
     found = {path: leaf.shape for path, leaf in kernels(params).items() if path.startswith("decoder/blocks_")}
     params = drawn(replace_kernels(params, {path: site(*shape, (w_bits, a_bits), split) for path, shape in found.items()}))
-    mended = {}
-    for path in found:
-        w = kernels(params)[path]
-        main = w.groups[0].w.rows
-        order = np.random.default_rng(0).permutation(w.shape[0])
-        mended[path] = replace(
-            w, perm=jnp.asarray(np.concatenate([np.sort(order[:main]), order[main:]]), jnp.int32) if split else None
-        )
-    return model, native(replace_kernels(params, mended))
+    if split:  # what was drawn for them are no permutations
+        sites = kernels(params)
+        params = replace_kernels(params, {path: replace(sites[path], perm=order_of(sites[path])) for path in found})
+    return model, native(params)
+
+
+def order_of(w: SplitWeight) -> jax.Array:
+    """Draw ``[C_m | C_t | C_v]`` of a site, C_m ascending."""
+    main, side = np.split(np.random.default_rng(0).permutation(w.shape[0]), [w.groups[0].w.rows])
+    return jnp.asarray(np.concatenate([np.sort(main), side]), jnp.int32)
 
 
 def state_of(model: Any, rows: int) -> State:

@@ -114,6 +114,8 @@ def test_relayout_keeps_the_weight():
     for before, after in zip(*([*[g.w for g in w.groups], w.branches.v] for w in (site, laid)), strict=True):
         assert before.elements == 0 and after.elements in (2, 4) and after.shape == before.shape
         assert (before.codes() == after.codes()).all() and (before.decode() == after.decode()).all()
+    narrow = laid.groups[1].w  # in other steps than a main weight's, whatever its rows
+    assert (gpu.relayout(narrow).codes() == narrow.codes()).all() and gpu.relayout(narrow).words[0].shape[2] == 16
     grouped = quantize_groups(jnp.asarray(np.random.default_rng(0).standard_normal((384, 8)), jnp.float32), 4, 64)
     assert (gpu.relayout(grouped).decode() == grouped.decode()).all()
 

@@ -85,10 +85,16 @@ def unpack_fragments(planes: tuple[Int[Array, "S N _"], ...], bits: int, element
     return jnp.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).astype(jnp.int8).T
 
 
-def fragment_rows(planes: tuple[Int[Array, "*S N _"], ...], bits: int) -> int:
-    """Return K with its padding, of all steps or of one."""
-    rows: int = planes[0].size // planes[0].shape[-2] * 32 // PLANES[bits][0]
-    return rows
+def fragment_step(planes: tuple[Int[Array, "*S N _"], ...], bits: int) -> int:
+    """Return the columns of a step."""
+    columns: int = planes[0].shape[-1] * 32 // PLANES[bits][0]
+    return columns
+
+
+def fragment_rows(planes: tuple[Int[Array, "S N _"], ...], bits: int) -> int:
+    """Return K with its padding."""
+    steps: int = planes[0].shape[0]
+    return steps * fragment_step(planes, bits)
 
 
 def _shifts(field: int, elements: int) -> Int[Array, "F E"]:

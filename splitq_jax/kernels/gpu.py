@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from splitq_jax.kernels import reference
-from splitq_jax.kernels.fragment import PLANES, pack_fragments
+from splitq_jax.kernels.fragment import PLANES, fragment_step, pack_fragments
 from splitq_jax.kernels.gpu_matmul import matmul
 from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands, Tile
 from splitq_jax.kernels.operands import Activations, keeps_floats, segments, widen
@@ -52,13 +52,17 @@ def relayout(w: SplitWeight | QTensor) -> SplitWeight | QTensor:
     """Return the same weight as the kernels read it; unchanged where they refuse it."""
     if refuses("quantized_matmul", w, 1):
         return w
-    return _fragments(w, BFLOAT16, STEP) if isinstance(w, QTensor) else _relayout_site(w)
+    if isinstance(w, QTensor):
+        return _fragments(w, BFLOAT16, STEP)
+    laid = _relayout_site(w)
+    main, *others = laid.groups
+    return replace(laid, groups=(main, *(replace(g, transform=_dense(g.transform, g.w.rows)) for g in others)))
 
 
 def _relayout_site(w: SplitWeight) -> SplitWeight:
     main, *others = w.groups
     groups = [replace(main, w=_fragments(main.w, BFLOAT16 if keeps_floats(w) else INT8, STEP))]
-    groups += [replace(g, w=_fragments(g.w, BFLOAT16, SIDE_STEP), transform=_dense(g.transform, g.w.rows)) for g in others]
+    groups += [replace(g, w=_fragments(g.w, BFLOAT16, SIDE_STEP)) for g in others]
     branches = None if w.branches is None else replace(w.branches, v=_fragments(w.branches.v, BFLOAT16, SIDE_STEP))
     return replace(w, groups=tuple(groups), branches=branches)
 
@@ -70,10 +74,10 @@ def _dense(t: Transform, size: int) -> Transform:
     return t if is_dense or size > NARROW else Transform(None, None, apply(t, jnp.eye(size, dtype=jnp.float32)))
 
 
-def _fragments(w: QTensor, elements: int, multiple: int) -> QTensor:
-    if w.elements == elements and w.padded_rows % multiple == 0:
+def _fragments(w: QTensor, elements: int, step: int) -> QTensor:
+    if w.elements == elements and fragment_step(w.words, w.bits) == step:
         return w
-    return QTensor(pack_fragments(w.codes(), w.bits, elements, multiple), w.scale, w.bits, w.rows, elements)
+    return QTensor(pack_fragments(w.codes(), w.bits, elements, step), w.scale, w.bits, w.rows, elements)
 
 
 def _scale(w: QTensor) -> Float[Array, "G N"]:

@@ -20,7 +20,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array, BFloat16, Float, Int, Shaped
 
-from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, bfloat16_register, fragment_rows, int8_register
+from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, bfloat16_register, fragment_step, int8_register
 
 # registers are addressed lane by lane, which the compiler's automatic layouts (the default from JAX 0.11 on) would only obscure
 PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
@@ -95,7 +95,7 @@ def operand_registers(words: list[np.ndarray], bits: int, elements: int) -> np.n
 def _expand(planes: tuple[Int[Array, "R _"], ...], bits: int, dtype: Any) -> Shaped[Array, "R K"]:
     elements = 4 // jnp.dtype(dtype).itemsize
     counts = lane_words(bits)
-    shape = (planes[0].shape[0], fragment_rows(planes, bits))
+    shape = (planes[0].shape[0], fragment_step(planes, bits))
     layout = plgpu.Layout.WGMMA_8BIT if elements == 4 else plgpu.Layout.WGMMA
 
     def build(_: Any, *arrays: Any) -> Any:
