@@ -42,6 +42,12 @@ TARGETS = {(kind, tokens): 8.0 for kind in ("W4A8", "W4A16") for tokens in (1, 1
 BANDWIDTH = {"H200": 4.8e6, "H100": 3.35e6}  # bytes a microsecond, the vendor's
 FLUSH_BYTES = 256 * 2**20
 CHECKED = 64  # output channels
+REPEATS = 30
+
+
+def name_of(kind: str, tokens: int) -> str:
+    """Return a row's key."""
+    return f"{kind}, {tokens} tokens"
 
 
 def operands_of(kind: str, tokens: int) -> tuple[Any, ...]:
@@ -115,15 +121,14 @@ def flushed(product: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def time_of(run: Any, buffer: jax.Array, *args: Any, repeats: int = 30) -> float:
-    """Return the median time of a product's kernels in microseconds; ``run`` is `flushed`, compiled."""
+def kernels_of(run: Any, *args: Any, repeats: int) -> list[list[tuple[str, float]]]:
+    """Return name and milliseconds of the kernels of each run."""
     from jax.experimental.mosaic.gpu import profiler
 
-    _, alone = profiler.measure(lambda b: jax.lax.optimization_barrier(jnp.max(b)), aggregate=False)(buffer)
-    _, both = profiler.measure(run, aggregate=False, iterations=repeats)(buffer, *args)
-    if alone is None or both is None:
+    _, found = profiler.measure(run, aggregate=False, iterations=repeats)(*args)
+    if found is None:
         raise SystemExit("the profiler saw no kernel: is another tool using CUPTI?")
-    return 1e3 * statistics.median(sum(time for _, time in kernels[len(alone) :]) for kernels in both)
+    return found
 
 
 def hopper() -> jax.Device:
@@ -158,9 +163,10 @@ def main() -> None:
     if stored["settings"] != settings:
         raise SystemExit(f"{args.out}: rows of {stored['settings']}, this run has {settings}; use another --out")
     cases = [(kind, tokens) for tokens in args.tokens for kind in (BASELINE, *args.kinds)]
-    wanted = [case for case in cases if "{}, {} tokens".format(*case) not in stored["rows"]]
+    wanted = [case for case in cases if name_of(*case) not in stored["rows"]]
     operands = {case: operands_of(*case) for case in wanted}
     buffer = jnp.zeros(FLUSH_BYTES // 4, jnp.int32)
+    flush = len(kernels_of(lambda b: jax.lax.optimization_barrier(jnp.max(b)), buffer, repeats=2)[0])  # kernels before a product's
     lowered = [jax.jit(flushed(product_of(kind))).lower(buffer, *operands[kind, tokens]) for kind, tokens in wanted]
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda stage: stage.compile(), lowered))
@@ -172,9 +178,10 @@ def main() -> None:
             floor = sum(plane.size * 4 for plane in given[0].planes) / bandwidth
             row = {"floor_us": floor, "tile": str(choose_tile(tokens, N, K, KINDS[kind][2] is not None))}
             row |= {"target_us": TARGETS[kind, tokens]} if (kind, tokens) in TARGETS else {}
-        row |= {"us": time_of(run, buffer, *given)}
-        row |= {"times_bf16": stored["rows"][f"{BASELINE}, {tokens} tokens"]["us"] / row["us"]} if kind != BASELINE else {}
-        stored["rows"][f"{kind}, {tokens} tokens"] = row | {"date": datetime.date.today().isoformat()}
+        times = [sum(time for _, time in kernels[flush:]) for kernels in kernels_of(run, buffer, *given, repeats=REPEATS)]
+        row |= {"us": 1e3 * statistics.median(times)}
+        row |= {"times_bf16": stored["rows"][name_of(BASELINE, tokens)]["us"] / row["us"]} if kind != BASELINE else {}
+        stored["rows"][name_of(kind, tokens)] = row | {"date": datetime.date.today().isoformat()}
         args.out.write_text(json.dumps(stored, indent=2) + "\n")
         print(kind, tokens, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
