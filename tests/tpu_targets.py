@@ -47,7 +47,9 @@ def sites_of(model: str) -> dict[str, tuple[int, int]]:
 
 def devices(chip: str) -> np.ndarray:
     """Return the devices of a topology of ``chip``; the compiler's programs are then left in `DUMP`."""
+    jax.devices()  # has read the tests' flags, of which a compiler of another age may know none, and then end the process
     os.environ |= {
+        "XLA_FLAGS": "",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",

@@ -30,11 +30,13 @@ def expand(words: Array, bits: int, dtype: DTypeLike) -> Array:
 
 
 def dot(x: Array, w: Array, interpret: bool) -> Array:
-    """Multiply, accumulated in int32 or float32."""
+    """Multiply, accumulated in int32 or float32, whatever precision the user asks of JAX's own products."""
     if x.dtype == jnp.int4 and interpret:  # XLA on CPU has no product of int4
         x, w = x.astype(jnp.int8), w.astype(jnp.int8)
     wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
-    return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+    # operands are what the MXU takes: asked for more ("highest"), the compiler refuses integers and bfloat16
+    exact = jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=exact, preferred_element_type=wide)
 
 
 def rounded(x: Array, interpret: bool) -> Array:
