@@ -57,11 +57,9 @@ def clipped_absmax(x: Float[Array, "*B"], clip: Float[Array, " 2 *C"] | None, ax
         kept; None for no clipping. The pair is FlatQuant's (arXiv 2410.09426).
       axis: the axis that shares a scale.
     """
-    if clip is None:
-        return jnp.max(jnp.abs(x), axis=axis, keepdims=True)
-    high = jnp.maximum(jnp.max(x, axis=axis, keepdims=True), 0)
-    low = jnp.maximum(jnp.max(-x, axis=axis, keepdims=True), 0)
-    return jnp.maximum(_align(clip[0], high) * high, _align(clip[1], low) * low)
+    if clip is not None:
+        x = x * jnp.where(x < 0, _align(clip[1], x), _align(clip[0], x))  # factors are positive: one maximum serves both sides
+    return jnp.max(jnp.abs(x), axis=axis, keepdims=True)
 
 
 def _align(clip: Float[Array, "*C"], like: Float[Array, "*B1"]) -> Float[Array, "*B1"]:
