@@ -65,7 +65,10 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of random factors (default: 0)")
     parser.add_argument("--split-rate", type=float, default=0.02, help="share of the channels in each side group (default: 0.02)")
     parser.add_argument(
-        "--split-align", type=int, default=None, help="round the side groups to multiples of this (default: 64, or 8 below 1024)"
+        "--split-align",
+        type=int,
+        default=None,
+        help="round the side groups to the nearest multiple of this (default: 64; below 1024 channels, up to one of 8)",
     )
     parser.add_argument(
         "--skip-first",

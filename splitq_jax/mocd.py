@@ -5,6 +5,7 @@ samples. Text instability is the within-cluster variance of a channel's rank ins
 clustering is the *optimal* one (dynamic programming over the histogram's bins), so there is no start to choose and no seed.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
@@ -29,7 +30,8 @@ class SplitSize:
 
     Attributes:
       rate: share of the channels for each of the two side groups (the paper's 2 %).
-      align: round to multiples of this; None for 64, or 8 below 1024 channels.
+      align: round to the nearest multiple of this; None for 64, below 1024 channels for the next multiple of 8: in a side group of eight
+        channels the largest leaves the others too few of 4 bits.
     """
 
     rate: float = 0.02
@@ -43,10 +45,12 @@ class SplitSize:
         """
         if self.rate == 0:
             return 0
-        align = self.align or (64 if width >= 1024 else 8)
+        narrow = self.align is None and width < 1024
+        align = self.align or (8 if narrow else 64)
         if self.rate < 0 or align < 1:
             raise InputError(f"split rate {self.rate}, align {self.align}: neither may be negative")
-        k = max(align, round(self.rate * width / align) * align)
+        tiles = self.rate * width / align
+        k = max(align, (math.ceil(round(tiles, 9)) if narrow else round(tiles)) * align)
         if 2 * k >= width:
             raise InputError(
                 f"split rate {self.rate} with alignment {align} takes 2 x {k} of {width} channels: no main group is left; "

@@ -86,7 +86,9 @@ def test_random_channels_are_seeded_and_none_splits_nothing(planted):
         mocd.select(planted, "loudest")
 
 
-@pytest.mark.parametrize(("width", "k"), [(576, 8), (1536, 64), (2048, 64), (3584, 64), (11008, 192), (18944, 384)])
+@pytest.mark.parametrize(
+    ("width", "k"), [(64, 8), (400, 8), (576, 16), (1536, 64), (2048, 64), (3584, 64), (11008, 192), (18944, 384)]
+)
 def test_default_group_sizes(width, k):
     assert SplitSize().channels(width) == k
 
