@@ -20,6 +20,7 @@ NAMES = {
     "mocd": "MOCD",
     "mocd+cws": "MOCD + CWS",
     "splitq": "**SplitQ** (MOCD + CWS + MAC)",
+    "splitq,side_bits=8": "SplitQ, 8-bit side groups",
     "splitq,mac_tokens=vision": "SplitQ, MAC on vision tokens",
     "splitq-fixed": "SplitQ, fixed factors",
 }
