@@ -45,7 +45,7 @@ class SplitSize:
         """
         if self.rate == 0:
             return 0
-        narrow = self.align is None and width < 1024
+        narrow = not self.align and width < 1024
         align = self.align or (8 if narrow else 64)
         if self.rate < 0 or align < 1:
             raise InputError(f"split rate {self.rate}, align {self.align}: neither may be negative")

@@ -35,8 +35,8 @@ def dot(x: Array, w: Array, interpret: bool) -> Array:
         x, w = x.astype(jnp.int8), w.astype(jnp.int8)
     wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     # operands are what the MXU takes: asked for more ("highest"), the compiler refuses integers and bfloat16
-    exact = jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=exact, preferred_element_type=wide)
+    precision = jax.lax.Precision.DEFAULT
+    return jax.lax.dot_general(x, w, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=wide)
 
 
 def rounded(x: Array, interpret: bool) -> Array:
