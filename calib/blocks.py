@@ -3,6 +3,7 @@
 Only one block's inputs and outputs are held at a time, on the host, so memory does not grow with the depth.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,8 +19,6 @@ from jaxtyping import Float
 
 from splitq_jax.errors import InputError
 
-# jaxlib 0.10's older emitters compile training for CPU a quarter faster and run it a quarter faster; later versions have no choice
-OPTIONS = {"xla_cpu_use_fusion_emitters": False} if version("jaxlib").startswith("0.10.") else None
 Batch = Mapping[str, np.ndarray]
 Params = dict[str, Any]
 
@@ -86,7 +85,19 @@ def _embed(model: Any, params: Params, batch: Batch) -> Any:
 def sharded(fn: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """Jit ``fn`` under `jax.shard_map`; arguments are placed by their specs."""
     mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    return jax.jit(mapped, compiler_options=OPTIONS)
+    return jax.jit(mapped, compiler_options=_cpu_options() if mesh.devices.flat[0].platform == "cpu" else None)
+
+
+def _cpu_options() -> dict[str, Any]:
+    """Return how XLA compiles calibration for CPUs, where that takes longer than a short training."""
+    # the last of these levels would take two thirds more time, and what it makes is no faster
+    options: dict[str, Any] = {"xla_backend_optimization_level": 1}
+    if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+        options = {}
+    if version("jaxlib").startswith("0.10."):
+        # the older emitters take a quarter less, to compile and to run; later versions have no choice
+        options["xla_cpu_use_fusion_emitters"] = False
+    return options
 
 
 def place(mesh: Mesh, tree: Any) -> Any:

@@ -99,7 +99,7 @@ def fit(
     batches: Iterable[Batch],
     config: FitConfig = FULL,
     *,
-    held_out: Iterable[Batch] = (),
+    held_out: Iterable[Batch] | None = (),
     run: Run | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -112,13 +112,13 @@ def fit(
       prepared: `prepare`'s tree (the student).
       batches: calibration batches, all of one length.
       config: optimizer settings.
-      held_out: batches for the reported errors; if empty, the samples that the steps reach.
+      held_out: batches for the reported errors; if empty, the samples that the steps reach; None measures none, which takes less time.
       run: where finished blocks are kept, to resume from; None keeps nothing.
       mesh: devices to share the samples (axis ``data``).
       progress: a rich progress bar to add a task to.
 
     Returns:
-      The trained tree and the blocks' errors.
+      The trained tree and the blocks' errors, none where none are measured.
 
     Raises:
       InputError: an empty set; batches of different lengths; an error that is not finite.
@@ -128,7 +128,7 @@ def fit(
     samples, orders = data.x.shape[0], _orders(data.x.shape[0], config)
     used, places = np.unique(orders, return_inverse=True)  # few steps do not reach all samples: the rest need not pass the blocks
     data, orders = take(data, used), list(places.reshape(len(orders), -1))
-    held = list(held_out)
+    measured, held = held_out is not None, list(held_out or ())
     test = merge(list(embed(model, params, held))) if held else None
     depth = model.config.num_layers
     task = None if progress is None else progress.add_task("training blocks", total=depth * len(orders))
@@ -144,26 +144,26 @@ def fit(
         # on the mesh from the start: arrays placed otherwise would be compiled for apart
         student, theta = jax.device_put((student, {n: learnable(site) for n, site in sites.items()}), NamedSharding(mesh, P()))
         kept = None if run is None else run.load(i, theta)
-        if kept is not None:
-            theta, error = kept[0], BlockError(block_name(i), *kept[1])
-        elif not jax.tree.leaves(theta):
-            before = measure(student, theta, probe, probe_y)
-            error = BlockError(block_name(i), before, before)
+        if kept is not None and (np.isfinite(kept[1][1]) or not measured):
+            theta, (before, after_training) = kept
         else:
-            before = measure(student, theta, probe, probe_y)
-            state = jax.device_put(optimizer.init(theta), NamedSharding(mesh, P()))
-            for order in orders:
-                part, target = pad_rows(take(data, order), mesh.size), pad_rows(take(y, order), mesh.size)
-                placed = place(mesh, (part.x, target.x, part.context))
-                theta, state = step(student, theta, state, *placed)
-                if progress is not None and task is not None:
-                    progress.advance(task)
-            error = BlockError(block_name(i), before, measure(student, theta, probe, probe_y))
-            if not np.isfinite(error.after):
-                raise InputError(f"{block_name(i)}: training diverged (error {error.after}); lower the learning rates")
-            if run is not None:
-                run.save(i, theta, (error.before, error.after))
-        errors.append(error)
+            before = after_training = measure(student, theta, probe, probe_y) if measured else np.nan
+            if jax.tree.leaves(theta):
+                state = jax.device_put(optimizer.init(theta), NamedSharding(mesh, P()))
+                for order in orders:
+                    part, target = pad_rows(take(data, order), mesh.size), pad_rows(take(y, order), mesh.size)
+                    placed = place(mesh, (part.x, target.x, part.context))
+                    theta, state = step(student, theta, state, *placed)
+                    if progress is not None and task is not None:
+                        progress.advance(task)
+                after_training = measure(student, theta, probe, probe_y) if measured else np.nan
+                finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(theta))
+                if not finite or (measured and not np.isfinite(after_training)):
+                    raise InputError(f"{block_name(i)}: training diverged (error {after_training}); lower the learning rates")
+                if run is not None:
+                    run.save(i, theta, (before, after_training))
+        if measured:
+            errors.append(BlockError(block_name(i), before, after_training))
         student = replace_kernels(student, {n: with_learnable(site, theta[n]) for n, site in sites.items()})
         prepared = {**prepared, "decoder": {**prepared["decoder"], f"blocks_{i}": student}}
         data, test = after(i, y), None if y_test is None else after(i, y_test)

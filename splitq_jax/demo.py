@@ -97,7 +97,8 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
         collecting = time.monotonic() - start
         for part in chosen:
             kept = runs / part.method
-            done = quantized(setup, stats, part, EFFORTS[config.effort], samples, held_out=held_out, run_folder=kept, progress=bar)
+            judged = held_out if part is chosen[-1] else None  # whose block errors are reported
+            done = quantized(setup, stats, part, EFFORTS[config.effort], samples, held_out=judged, run_folder=kept, progress=bar)
             label = f"{part.method} {part.scheme}: evaluating"
             result = evaluation.evaluate(setup.model, done.params, test, reference, progress=bar, label=label)
             rows.append(result_row(result, done.params, part.method, part.scheme, config.seed, collecting + done.seconds))

@@ -157,7 +157,7 @@ def quantized(
     config: FitConfig,
     batches: Sequence[Batch],
     *,
-    held_out: Sequence[Batch] = (),
+    held_out: Sequence[Batch] | None = (),
     run_folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -169,7 +169,7 @@ def quantized(
       recipe: what to do.
       config: how to train.
       batches: the calibration set.
-      held_out: what the blocks' errors are measured on.
+      held_out: what the blocks' errors are measured on (see `calib.fit`).
       run_folder: where finished blocks are kept until the end, to resume an interrupted run; None keeps nothing.
       progress: a rich progress bar to add tasks to.
 

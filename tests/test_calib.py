@@ -198,6 +198,9 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tiny, stats, tm
     resumed, again = calib.fit(model, params, prepared, batches(2), SHORT, run=second)
     second.close()
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+    unmeasured, none = calib.fit(model, params, prepared, batches(2), SHORT, held_out=None)
+    assert not none
+    jax.tree.map(np.testing.assert_array_equal, whole, unmeasured)
     assert errors == again
 
 
