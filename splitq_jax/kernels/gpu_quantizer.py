@@ -154,7 +154,7 @@ def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
     groups = plans(w, laid.sizes)
     across = max(p.columns for p in groups)
     v = jnp.stack(halves(x[:, laid.channels].astype(jnp.float32) * laid.scale[None]), axis=1)
-    v = v.reshape(tokens, 2, -1, across)
+    v = v.reshape(2 * tokens, -1, across)
     scales = (None, None) if b is None else gate_scales(b)
     sends = tuple(scale is not None for scale in scales)
     widths = [g.w.padded_rows for g in w.groups]
@@ -228,7 +228,7 @@ def _kernel(
         def scope(memory: Memory, plan: Plan = plan, number: int = number) -> None:
             def token(i: Any, _: None) -> None:
                 at, meetings = block * together + i, iter(range(2))
-                y = _transform(plan, v.at[at], factors[number], memory, registers)
+                y = _transform(plan, v, at, factors[number], memory, registers)
 
                 def encode(y: Array, bits: int, clip: Any = None) -> tuple[Array, Array]:
                     return _encode(y, bits, clip, next(meetings), memory, registers)
@@ -285,14 +285,14 @@ def _memory(plan: Plan) -> Memory:
     )
 
 
-def _transform(plan: Plan, v: Any, factors: tuple[Any, Any], memory: Memory, registers: Any) -> Float[Array, "64 C"]:
+def _transform(plan: Plan, v: Any, token: Any, factors: tuple[Any, Any], memory: Memory, registers: Any) -> Float[Array, "64 C"]:
     """Return this warpgroup's rows of ``P1^T V P2``."""
     warpgroup, (p1, p2) = lax.axis_index("warpgroup"), factors
 
     @pl.when(warpgroup == 0)
     def _() -> None:
         for half in range(2):
-            rows = v.at[half, pl.ds(plan.first, plan.depth), pl.ds(0, plan.columns)]
+            rows = v.at[2 * token + half, pl.ds(plan.first, plan.depth), pl.ds(0, plan.columns)]
             plgpu.copy_gmem_to_smem(rows, memory.v.at[half], memory.full)
             plgpu.copy_gmem_to_smem(p2.at[half], memory.p2.at[half], memory.full)
 
