@@ -59,13 +59,9 @@ def relayout(w: SplitWeight | QTensor) -> SplitWeight | QTensor:
     if isinstance(w, QTensor):
         return _fragments(w, BFLOAT16, STEP)
     laid = _relayout_site(w)
-    if laid.quantizer is None and (quantizer := gpu_quantizer.lay_out(laid, [g.transform for g in w.groups])) is not None:
-        branches = laid.branches
-        if branches is not None:
-            branches = replace(branches, u=_fragments(branches.u, INT8, STEP))
-        laid = replace(laid, quantizer=quantizer, branches=branches)
     main, *others = laid.groups
-    return replace(laid, groups=(main, *(replace(g, transform=_dense(g.transform, g.w.rows)) for g in others)))
+    groups = (main, *(replace(g, transform=_dense(g.transform, g.w.rows)) for g in others))
+    return replace(laid, groups=groups, quantizer=laid.quantizer or gpu_quantizer.lay_out(laid, [g.transform for g in w.groups]))
 
 
 def _relayout_site(w: SplitWeight) -> SplitWeight:

@@ -10,7 +10,6 @@ elements of the padded ``V`` lie, by which XLA picks and scales them in one kern
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +23,9 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Bool, Float, Int
 
 from splitq_jax.kernels import hopper, hopper_interpreted
-from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
-from splitq_jax.kernels.gpu_tile import ROWS, SHARED_BYTES, STEP, Operands
+from splitq_jax.kernels.fragment import PLANES, pack_fragments
+from splitq_jax.kernels.gpu_matmul import matmul, token_tile
+from splitq_jax.kernels.gpu_tile import ROWS, SHARED_BYTES, STEP, Operands, Tile
 from splitq_jax.kernels.operands import Activations, gate_scales, mac_mask, widen
 from splitq_jax.numerics import FLOAT_BITS
 from splitq_jax.qtensor import QTensor
@@ -38,7 +38,7 @@ else:
 
 TOKENS = 64  # up to here a token is a thread block's
 WARPGROUPS = 2  # with more, a thread has too few registers for its share of Y
-SPLITS = 8  # of the product with U, whose few columns would leave most processors idle
+SPLITS, ALONG = 8, 4  # of the product with U, see `Tile`
 
 
 @struct.dataclass
@@ -49,12 +49,14 @@ class Layout:
       channels: of the token, in the order of the padded ``V`` of all groups, one below the other; any where they are padded.
       scale: the transforms' ``d`` in that order, 0 where they are padded.
       factors: ``P1^T`` and ``P2`` of each group as halves, padded.
+      u: the branches' ``U``, its columns padded to what the product takes, or None.
       sizes: ``(n1, n2)`` of each group.
     """
 
     channels: Int[Array, " E"]
     scale: Float[Array, " E"]
     factors: tuple[tuple[BFloat16[Array, "2 R D"], BFloat16[Array, "2 C C"]], ...]
+    u: QTensor | None
     sizes: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
 
 
@@ -119,7 +121,7 @@ def lay_out(w: SplitWeight, transforms: list[Transform]) -> Layout | None:
     """
     if any(t.p2 is None or g.a_bits >= FLOAT_BITS for t, g in zip(transforms, w.groups, strict=True)):
         return None
-    if w.branches is not None and w.branches.u.bits != w.branches.v.bits:
+    if w.branches is not None and w.branches.u.bits not in PLANES:
         return None
     sizes = tuple((1 if t.p1 is None else t.p1.shape[0], t.p2.shape[0]) for t in transforms if t.p2 is not None)
     groups = plans(w, sizes)
@@ -138,7 +140,15 @@ def lay_out(w: SplitWeight, transforms: list[Transform]) -> Layout | None:
         p1, p2 = _padded(p1.T, p.rows, p.depth), _padded(t.p2.astype(jnp.float32), p.columns, p.columns)
         factors.append((jnp.stack(halves(p1)), jnp.stack(halves(p2))))
         at += size
-    return Layout(jnp.concatenate(channels).ravel(), jnp.concatenate(scale).ravel(), tuple(factors), sizes)
+    u = None if w.branches is None else _fragments(w.branches.u)
+    return Layout(jnp.concatenate(channels).ravel(), jnp.concatenate(scale).ravel(), tuple(factors), u, sizes)
+
+
+def _fragments(u: QTensor) -> QTensor:
+    assert u.scale is not None
+    padding = ((0, 0), (0, -u.shape[1] % ROWS))
+    words = pack_fragments(jnp.pad(u.codes(), padding), u.bits, 4, STEP)
+    return QTensor(words, jnp.pad(u.scale.astype(jnp.float32), padding), u.bits, u.rows, 4)
 
 
 def halves(x: Float[Array, "*B"]) -> tuple[BFloat16[Array, "*B"], BFloat16[Array, "*B"]]:
@@ -186,7 +196,7 @@ def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
     parts, sent = rest[: len(widths) - 1], rest[len(widths) - 1 :]
     if b is not None:
         narrow = jnp.zeros((tokens, b.rank), jnp.float32)
-        products = iter(_with_u(sent[0], sent[1], b.u, interpret) if count else ())
+        products = iter(_with_u(sent[0], sent[1], laid.u, interpret)[..., : b.rank] if count else ())
         if scales[0] is not None:
             narrow += next(products) * scales[0]
         if scales[1] is not None:
@@ -196,15 +206,15 @@ def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
 
 
 def _with_u(codes: Int[Array, "B M K"], steps: Float[Array, "B M"], u: QTensor, interpret: bool) -> Float[Array, "B M R"]:
-    """Return ``steps codes U`` of each of B matrices: one product of all rows."""
+    """Return ``steps codes U`` of each of B matrices, by one product."""
     assert u.scale is not None
     x = codes.reshape(-1, codes.shape[2])
-    operands = Operands(x, u.words, u.scale.astype(jnp.float32), steps.reshape(-1), None, (), (), None)
-    tile = choose_tile(x.shape[0], u.shape[1], x.shape[1], False)
-    splits = min(SPLITS, x.shape[1] // STEP // tile.along)
-    tile = replace(tile, splits=max(tile.splits, splits))
+    operands = Operands(x, u.words, u.scale, steps.reshape(-1), None, (), (), None)
+    # U has few columns: its rows are dealt to warpgroups and to thread blocks, or most of the processors would idle
+    splits = max(1, min(SPLITS, x.shape[1] // STEP // ALONG))
+    tile = Tile(min(TOKENS, token_tile(x.shape[0])), ROWS, 1, ALONG, splits)
     if interpret:
-        tile = replace(tile, tokens=_up(x.shape[0], 32), rows=_up(u.shape[1], ROWS), across=1, along=1, splits=1)
+        tile = Tile(_up(x.shape[0], 32), u.shape[1], 1, 1, 1)
     y = matmul(operands, u.bits, None, jnp.float32, tile, interpret)
     return y.reshape(*codes.shape[:2], -1)
 
