@@ -44,6 +44,8 @@ class SplitWeight:
       branches: CWS and MAC: codes of ``U``, codes of ``V`` and the gates, or None.
       mac_tokens: the tokens that MAC serves.
       residual_bits: bits of MAC's activation residual.
+      quantizer: what a GPU's quantizer of few tokens reads instead of ``perm`` and the transforms (`splitq_jax.kernels.gpu_quantizer`); None
+        in other layouts and for sites that it does not take.
     """
 
     perm: Int[Array, " D"] | None
@@ -51,6 +53,7 @@ class SplitWeight:
     branches: LowRank | None
     mac_tokens: str = struct.field(pytree_node=False)
     residual_bits: int = struct.field(pytree_node=False)
+    quantizer: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -71,7 +71,7 @@ def main() -> int:
     from decoder_step import decoder_step
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-    from tpu_targets import array
+    from tpu_targets import array, site
 
     from splitq_jax import sharding
     from splitq_jax.kernels import gpu
@@ -90,10 +90,10 @@ def main() -> int:
     def shape(dims, dtype):
         return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=SingleDeviceSharding(device))
 
-    def compile_case(kind: str, site: str, m: int) -> dict:
+    def compile_case(kind: str, name: str, m: int) -> dict:
         bits, group = int(kind[1]), int(kind.split("g")[1]) if "g" in kind else None
         integer = "a8" in kind
-        k, n, side = SITES[site]
+        k, n, side = SITES[name]
         side = side if integer else ()
         k = k if integer else -(-k // 128) * 128
         scaled = sum(s for _, s in side)
@@ -107,23 +107,36 @@ def main() -> int:
             (shape((1, n), "float32"),) * scaled,
             shape((n,), "float32"),
         )
-        before = set(glob.glob(dump + "/**/*.ptx", recursive=True))
-        call = jax.jit(lambda o: matmul(o, bits, group, jnp.bfloat16))
-        call.trace(operands).lower(lowering_platforms=("cuda",)).compile()
-        (ptx,) = set(glob.glob(dump + "/**/*.ptx", recursive=True)) - before
-        assembled = subprocess.run(
-            ["ptxas", "-v", "-arch=sm_90a", ptx, "-o", ptx + ".cubin"], capture_output=True, text=True, check=True
-        )
-        sass = subprocess.run(["nvdisasm", "-c", ptx + ".cubin"], capture_output=True, text=True, check=True).stdout
+        _, (found,) = assembled(lambda o: matmul(o, bits, group, jnp.bfloat16), operands)
         tile = choose_tile(m, n, k, group is not None)
-        return {
-            "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", assembled.stderr))),
-            "registers": int(re.findall(r"Used (\d+) registers", assembled.stderr)[0]),
-            "log": assembled.stderr + assembled.stdout,
-            "accumulators": tile.rows * tile.tokens // 128,
-            "tile": str(tile),
-            "sass": census(sass),
-        }
+        return found | {"accumulators": tile.rows * tile.tokens // 128, "tile": str(tile)}
+
+    def assembled(function, *args) -> tuple[str, list[dict]]:
+        """Compile; return the program and what its Mosaic kernels became."""
+        before = set(glob.glob(dump + "/**/*.ptx", recursive=True))
+        program = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compile().as_text()
+        out = []
+        for ptx in sorted(set(glob.glob(dump + "/**/*.ptx", recursive=True)) - before):
+            ran = subprocess.run(
+                ["ptxas", "-v", "-arch=sm_90a", ptx, "-o", ptx + ".cubin"], capture_output=True, text=True, check=True
+            )
+            sass = subprocess.run(["nvdisasm", "-c", ptx + ".cubin"], capture_output=True, text=True, check=True).stdout
+            out.append(
+                {
+                    "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", ran.stderr))),
+                    "registers": int(re.findall(r"Used (\d+) registers", ran.stderr)[0]),
+                    "log": ran.stderr + ran.stdout,
+                    "sass": census(sass),
+                }
+            )
+        return program, out
+
+    def compile_quantizer(width: int, m: int) -> dict:
+        w = jax.eval_shape(gpu.relayout, site(width, 4096, (4, 4)))
+        args = (array((m, width), "bfloat16"), w, array((m,), "bool"))
+        program, found = assembled(gpu.quantize_activations, *jax.tree.map(lambda a: shape(a.shape, a.dtype), args))
+        entry = program[program.index("ENTRY") :]
+        return {"kernels": found, "fusions": len(re.findall(r" fusion\(", entry))}
 
     def compile_step(over: int) -> dict:
         """One token a row through quantized blocks of a 7B model, their output channels shared by ``over`` GPUs."""
@@ -157,8 +170,11 @@ def main() -> int:
         if case.startswith("step"):
             out[case] = compile_step(int(case.split()[1]))
             continue
-        kind, *site, m = case.split()
-        out[case] = compile_case(kind, " ".join(site), int(m))
+        kind, *name, m = case.split()
+        if kind == "quantize":
+            out[case] = compile_quantizer(int(name[0]), int(m))
+            continue
+        out[case] = compile_case(kind, " ".join(name), int(m))
         print(case, out[case]["tile"], out[case]["registers"], out[case]["spilled"], out[case]["sass"], file=sys.stderr, flush=True)
     print(json.dumps(out))
     return 0

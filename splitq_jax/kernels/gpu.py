@@ -1,20 +1,20 @@
 """The kernels' jobs on NVIDIA Hopper, by `splitq_jax.kernels.gpu_matmul`.
 
 Weights are read in the order of the tensor cores' registers (`relayout`), made once, where a model is quantized or restored: what comes in
-the layout of `splitq_jax.packing` is computed right, but laid out anew at every call. Activations are transformed and quantized by XLA,
-which fuses that into a few passes over the tokens, for many tokens and for few: a thread block sees a tile of the channels, so a kernel
-that quantized inside would read, and transform, whole tokens once a tile.
+the layout of `splitq_jax.packing` is computed right, but laid out anew at every call. Many tokens are transformed and quantized by XLA,
+which fuses that into a few passes over them, few tokens by `splitq_jax.kernels.gpu_quantizer`. Neither is part of the product: there a
+thread block sees a tile of the channels, so it would read, and transform, whole tokens once a tile.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from splitq_jax.kernels import reference
+from splitq_jax.kernels import gpu_quantizer, reference
 from splitq_jax.kernels.fragment import PLANES, fragment_step, pack_fragments
-from splitq_jax.kernels.gpu_matmul import matmul
+from splitq_jax.kernels.gpu_matmul import matmul, token_tile
 from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands, Tile
 from splitq_jax.kernels.operands import Activations, keeps_floats, segments, widen
 from splitq_jax.numerics import in_float32
@@ -48,6 +48,10 @@ def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
     return None
 
 
+@overload
+def relayout(w: SplitWeight) -> SplitWeight: ...
+@overload
+def relayout(w: QTensor) -> QTensor: ...
 def relayout(w: SplitWeight | QTensor) -> SplitWeight | QTensor:
     """Return the same weight as the kernels read it; unchanged where they refuse it."""
     if refuses("quantized_matmul", w, 1):
@@ -56,7 +60,8 @@ def relayout(w: SplitWeight | QTensor) -> SplitWeight | QTensor:
         return _fragments(w, BFLOAT16, STEP)
     laid = _relayout_site(w)
     main, *others = laid.groups
-    return replace(laid, groups=(main, *(replace(g, transform=_dense(g.transform, g.w.rows)) for g in others)))
+    groups = (main, *(replace(g, transform=_dense(g.transform, g.w.rows)) for g in others))
+    return replace(laid, groups=groups, quantizer=laid.quantizer or gpu_quantizer.lay_out(laid, [g.transform for g in w.groups]))
 
 
 def _relayout_site(w: SplitWeight) -> SplitWeight:
@@ -92,6 +97,9 @@ def quantize_activations(
 
     Tokens that stay floats become bfloat16, the tensor cores' type.
     """
+    if x.shape[0] <= gpu_quantizer.TOKENS and (laid := relayout(w)).quantizer is not None:
+        a = gpu_quantizer.quantize_activations(x, laid, is_text, interpret)
+        return a._replace(values=_fit(a.values, w.groups[0].w), side=None if a.side is None else _side(a.side, laid, w))
     a = reference.quantize_activations(x, w, is_text)
     values = a.values if a.scale is not None else a.values.astype(jnp.bfloat16)
     return Activations(values, a.scale, None if a.side is None else a.side.astype(jnp.bfloat16))
@@ -125,8 +133,16 @@ def decode_matmul(
     dtype: DTypeLike,
     interpret: bool = False,
 ) -> Float[Array, "M N"]:
-    """Quantize and multiply (see `api.decode_matmul`): two steps here, for the reason that the module gives."""
-    return quantized_matmul(quantize_activations(x, w, is_text), w, bias, dtype=dtype, interpret=interpret)
+    """Quantize and multiply (see `api.decode_matmul`): two steps here, for the reason that the module gives.
+
+    Tokens are padded to what the product takes where that costs nothing, on their way into the quantizer.
+    """
+    m, w = x.shape[0], relayout(w)
+    padding = (0, -m % token_tile(m))
+    x = jnp.pad(x, (padding, (0, 0)))
+    is_text = None if is_text is None else jnp.pad(is_text, padding)
+    a = quantize_activations(x, w, is_text, interpret=interpret)
+    return quantized_matmul(a, w, bias, dtype=dtype, interpret=interpret)[:m]
 
 
 def weight_only_matmul(
@@ -143,9 +159,9 @@ def weight_only_matmul(
     return matmul(operands, laid.bits, group, dtype, _interpreted(operands, interpret), interpret)
 
 
-def _side(side: Float[Array, "M R"], w: SplitWeight, laid: SplitWeight) -> Float[Array, "M _"]:
-    """Give each segment the columns that the laid out weight has."""
-    given, needed = ([s.w for s in segments(site)] for site in (w, laid))
+def _side(side: Float[Array, "M R"], w: SplitWeight, other: SplitWeight) -> Float[Array, "M _"]:
+    """Give each segment the columns that it has in the other layout of the same weight."""
+    given, needed = ([s.w for s in segments(site)] for site in (w, other))
     widths = [v.padded_rows for v in given]
     if widths == [v.padded_rows for v in needed]:
         return side

@@ -29,6 +29,11 @@ from splitq_jax.kernels.gpu_tile import STEP, Operands, Tile
 PROCESSORS = 132  # of an H100 or H200
 
 
+def token_tile(tokens: int) -> int:
+    """Return how many tokens a thread block takes."""
+    return next((c for c in (8, 16, 32, 64) if tokens <= c), 128)
+
+
 def choose_tile(tokens: int, channels: int, width: int, groups: bool) -> Tile:
     """Choose by rule, from what an H200 took for tiles of each kind.
 
@@ -48,12 +53,12 @@ def choose_tile(tokens: int, channels: int, width: int, groups: bool) -> Tile:
         return -(-tokens // tile.tokens) * -(-channels // tile.channels)
 
     if tokens > 64:
-        tile, wide = Tile(128, 64, 2, 1, 1), Tile(128, 128, 2, 1, 1)
+        tile, wide = Tile(token_tile(tokens), 64, 2, 1, 1), Tile(token_tile(tokens), 128, 2, 1, 1)
         rounds = [-(-count(t) // PROCESSORS) for t in (tile, wide)]
         if not groups and channels % wide.channels == 0 and 1.8 * rounds[1] <= rounds[0]:
             tile = wide
     else:
-        columns = next(c for c in (8, 16, 32, 64) if tokens <= c)
+        columns = token_tile(tokens)
         tile = Tile(columns, 64, 2, 1 if groups and columns == 64 else 2, 1)  # so many sums do not fit five warpgroups' registers
         if channels % tile.channels or 2 * count(tile) < PROCESSORS:
             tile = Tile(columns, 64, 1, 2 if groups and columns == 64 else 4, 1)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array as fragmented
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, BFloat16, Float, Int, Shaped
 
 from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, bfloat16_register, fragment_step, int8_register
@@ -154,6 +154,44 @@ def store_transposed(ref: Any, values: Float[Array, "N M"]) -> None:
     ref.transpose((1, 0))[...] = plgpu.layout_cast(values, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
+def store_rows(ref: Any, values: Shaped[Array, "64 C"], columns: int) -> None:
+    """Store the first columns of this warpgroup's rows to a vector in which all warpgroups' rows lie one after the other.
+
+    What lies beyond the vector's end is left out.
+    """
+
+    def build(_: Any, ref: Any, values: Any) -> None:
+        i32 = ir.IntegerType.get_signless(32)
+        (size,), pointer = ir.MemRefType(ref.type).shape, utils.memref_ptr(ref)
+        # a register holds two neighbours, which lie within a row together or not at all where rows are even
+        together = 2 if columns % 2 == 0 else 1
+        stored = ir.IntegerType.get_signless(utils.bitwidth(values.mlir_dtype) * together)
+        first = arith.muli(utils.warpgroup_idx(), utils.c(values.shape[0], i32))
+        indices = zip(np.ndindex(values.registers.shape), values.layout.thread_idxs(values.shape), strict=True)
+        starts: dict[tuple[int, ...], tuple[Any, Any]] = {}  # of the first tile of 8 columns, by the register
+        for (rows, tile, *inner), index in indices:
+            if (rows, *inner) not in starts:
+                row, column = (arith.index_cast(i32, i) for i in index)
+                place = arith.addi(arith.muli(arith.addi(first, row), utils.c(columns, i32)), column)
+                starts[rows, *inner] = place, column
+            place, column = starts[rows, *inner]
+            for at in range(8 * tile, 8 * tile + 2, together):
+                inside = _less(place, size - at)
+                if 8 * tile + 8 > columns:
+                    inside = arith.andi(inside, _less(column, columns - at))
+                with utils.when(inside):
+                    register = values.registers[(rows, tile, *inner)]
+                    word = utils.bitcast(utils.vector_slice(register, slice(at % 8, at % 8 + together)), stored)
+                    to = utils.getelementptr(pointer, [place], values.mlir_dtype)
+                    llvm.store(word, utils.getelementptr(to, [at], values.mlir_dtype))
+
+    plgpu.inline_mgpu(arg_types=(plgpu.RefType(), ACCUMULATOR))(build)(ref, values)
+
+
+def _less(x: Any, bound: int) -> Any:
+    return arith.cmpi(arith.CmpIPredicate.slt, x, utils.c(bound, ir.IntegerType.get_signless(32)))
+
+
 def accumulated(start: Float[Array, "N M"], body: Callable[[Any], None]) -> Float[Array, "N M"]:
     """Let ``body`` add products to an accumulator that starts from ``start``, in the same registers."""
     return pl.run_state(body)(plgpu.WGMMAAccumulatorRef.init(start))
@@ -162,6 +200,11 @@ def accumulated(start: Float[Array, "N M"], body: Callable[[Any], None]) -> Floa
 def wgmma(accumulator: Any, weights: Array, tokens: Any) -> None:
     """Start to add ``weights . tokens^T`` to an accumulator; the tokens ``(M, K)`` are read from shared memory."""
     plgpu.wgmma(accumulator, weights, tokens.transpose((1, 0)))
+
+
+def wgmma_rows(accumulator: Any, left: Array, right: Any) -> None:
+    """Start to add ``left . right`` to an accumulator; the rows ``(K, N)`` of ``right`` are read from shared memory."""
+    plgpu.wgmma(accumulator, left, right)
 
 
 def wgmma_wait() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float, Int
+from jax import lax
+from jaxtyping import Array, BFloat16, Float, Int, Shaped
 
 from splitq_jax.kernels.fragment import unpack_fragments
 
@@ -41,9 +42,26 @@ def store_transposed(ref: Any, values: Float[Array, "N M"]) -> None:
     ref[...] = values.T
 
 
+def store_rows(ref: Any, values: Shaped[Array, "64 C"], columns: int) -> None:
+    """Store the first columns of this warpgroup's rows to a vector."""
+    flat, size = values[:, :columns].reshape(-1), ref.shape[0]
+    for warpgroup in range(-(-size // flat.size)):
+        first = warpgroup * flat.size
+        count = min(flat.size, size - first)
+
+        @pl.when(lax.axis_index("warpgroup") == warpgroup)
+        def _(first: int = first, count: int = count) -> None:
+            ref.at[pl.ds(first, count)][...] = flat[:count]
+
+
 def wgmma(accumulator: Any, weights: Array, tokens: Any) -> None:
     """Add ``weights . tokens^T`` to an accumulator."""
     accumulator[...] += jnp.dot(weights, tokens[...].T, preferred_element_type=accumulator.dtype)
+
+
+def wgmma_rows(accumulator: Any, left: Array, right: Any) -> None:
+    """Add ``left . right`` to an accumulator."""
+    accumulator[...] += jnp.dot(left, right[...], preferred_element_type=accumulator.dtype)
 
 
 def wgmma_wait() -> None:
