@@ -167,8 +167,35 @@ def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
     v = v.reshape(2 * tokens, -1, across)
     scales = (None, None) if b is None else gate_scales(b)
     sends = tuple(scale is not None for scale in scales)
-    widths = [g.w.padded_rows for g in w.groups]
+    widths = tuple(g.w.padded_rows for g in w.groups)
     count = sum(sends)
+    clips = tuple(None if g.a_clip is None else g.a_clip.astype(jnp.float32) for g in w.groups)
+    codes, step, *rest = _run(v, laid.factors, clips, tuple(groups), sends, widths, w.residual_bits, interpret)
+    parts, sent = rest[: len(widths) - 1], rest[len(widths) - 1 :]
+    if b is not None:
+        narrow = jnp.zeros((tokens, b.rank), jnp.float32)
+        products = iter(_with_u(sent[0], sent[1], laid.u, interpret)[..., : b.rank] if count else ())
+        if scales[0] is not None:
+            narrow += next(products) * scales[0]
+        if scales[1] is not None:
+            narrow += next(products) * scales[1] * mac_mask(w, is_text, tokens)
+        parts.append(widen(narrow, b.v.padded_rows).astype(jnp.bfloat16))
+    return Activations(codes, step[:, None], jnp.concatenate(parts, axis=1) if parts else None)
+
+
+@partial(jax.jit, static_argnames=("groups", "sends", "widths", "residual_bits", "interpret"))  # sites of one shape share a trace
+def _run(
+    v: BFloat16[Array, "2M R C"],
+    factors: tuple[tuple[Array, Array], ...],
+    clips: tuple[Float[Array, " 2"] | None, ...],
+    groups: tuple[Plan, ...],
+    sends: tuple[bool, ...],
+    widths: tuple[int, ...],
+    residual_bits: int,
+    interpret: bool,
+) -> tuple[Array, ...]:
+    """Return codes, steps, the side groups' columns, and the codes and steps that are multiplied by ``U``."""
+    tokens, count = v.shape[0] // 2, sum(sends)
     # what goes into U's product is stored a second time: a slice of an operand would be a kernel of its own
     types = [((tokens, widths[0]), jnp.int8), ((tokens,), jnp.float32)]
     types += [((tokens, width), jnp.bfloat16) for width in widths[1:]]
@@ -179,7 +206,7 @@ def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
             _kernel,
             groups=groups,
             sends=sends,
-            residual_bits=w.residual_bits,
+            residual_bits=residual_bits,
             together=together,
             registers=hopper_interpreted if interpret else hopper,
         ),
@@ -191,18 +218,8 @@ def quantize_activations(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
         compiler_params=hopper.PARAMS,
         interpret=hopper.INTERPRETER if interpret else False,
     )
-    clips = tuple(None if g.a_clip is None else g.a_clip.astype(jnp.float32) for g in w.groups)
-    codes, step, *rest = run(v, laid.factors, clips)
-    parts, sent = rest[: len(widths) - 1], rest[len(widths) - 1 :]
-    if b is not None:
-        narrow = jnp.zeros((tokens, b.rank), jnp.float32)
-        products = iter(_with_u(sent[0], sent[1], laid.u, interpret)[..., : b.rank] if count else ())
-        if scales[0] is not None:
-            narrow += next(products) * scales[0]
-        if scales[1] is not None:
-            narrow += next(products) * scales[1] * mac_mask(w, is_text, tokens)
-        parts.append(widen(narrow, b.v.padded_rows).astype(jnp.bfloat16))
-    return Activations(codes, step[:, None], jnp.concatenate(parts, axis=1) if parts else None)
+    out: tuple[Array, ...] = run(v, factors, clips)
+    return out
 
 
 def _with_u(codes: Int[Array, "B M K"], steps: Float[Array, "B M"], u: QTensor, interpret: bool) -> Float[Array, "B M R"]:
@@ -224,7 +241,7 @@ def _kernel(
     factors: Any,
     clips: Any,
     *outs: Any,
-    groups: list[Plan],
+    groups: tuple[Plan, ...],
     sends: tuple[bool, ...],
     residual_bits: int,
     together: int,
