@@ -84,12 +84,15 @@ def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "") -> str:
     return "\n".join(lines)
 
 
+def rows_of(name: str) -> Rows:
+    """Return a result file's rows."""
+    rows: Rows = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]
+    return rows
+
+
 def readme_tables() -> dict[str, str]:
     """Return the README's tables by the names of their marks."""
-    light, full, large = (
-        json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]
-        for name in ("demo_light", "demo_full", "smolvlm_light")
-    )
+    light, full, large = (rows_of(name) + rows_of(f"{name}_h100") for name in ("demo_light", "demo_full", "smolvlm_light"))
     further = (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
     return {
         "light": compared([(s.upper(), light, s) for s in SCHEMES], bits_of="w4a4"),
