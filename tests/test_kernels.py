@@ -106,7 +106,7 @@ def test_sites_that_lack_parts(backend, which):
     a = given_operands(4, 20, w)
     assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
     # and from tokens: the two forms are one function
-    x, text = tokens_of(4, 20, 1024), mask_of("mixed", 20)
+    x, text = tokens_of(4, 3, 1024), mask_of("mixed", 3)  # the GPU's interpreter takes long for each
     prepared = run(api.quantize_activations, x, w, text, backend=backend)
     assert_close(
         run(api.decode_matmul, x, w, text, backend=backend, dtype=jnp.float32),
@@ -194,7 +194,7 @@ def test_channels_picked_by_products(width, side):
     assert jnp.isnan(tpu_quantizer.picked(x, shuffled)[0]).all()
 
 
-@pytest.mark.parametrize(("bits", "count"), [((4, 8), 1), ((4, 4), 33), ((3, 8), 16), ((3, 3), 1)], ids=str)
+@pytest.mark.parametrize(("bits", "count"), [((4, 8), 1), ((4, 4), 17), ((3, 8), 5), ((3, 3), 1)], ids=str)
 def test_decode_is_quantize_and_multiply(backend, bits, count):
     w = site_of(7, 1536, 200, bits)
     x, text = tokens_of(7, count, 1536), mask_of("mixed", count)
