@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,38 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import profiler
 
-from splitq_jax import transforms
 from splitq_jax.kernels import gpu, gpu_quantizer, reference
 from splitq_jax.linear import SplitWeight
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # shapes of sites
-from tpu_targets import site
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from kernel_reference import site_of
 
 LOOP, REPEATS = 50, 10
 Tokens = tuple[jax.Array, jax.Array]  # and which of them are text
-
-
-def drawn(width: int, columns: int) -> SplitWeight:
-    """Draw a W4A4 site of whole SplitQ: random codes, orthogonal factors, the main channels ascending."""
-    rng = np.random.default_rng(width + columns)
-
-    def words(q: Any) -> Any:
-        w = tuple(jnp.asarray(rng.integers(-(2**31), 2**31, p.shape), jnp.int32) for p in q.words)
-        scale = (0.5 + rng.random(q.scale.shape)) / np.sqrt(q.rows) / 8
-        return replace(q, words=w, scale=jnp.asarray(scale, jnp.float32))
-
-    w = site(width, columns, (4, 4))
-    groups = []
-    for g in w.groups:
-        n1, n2 = transforms.factors(g.w.rows)
-        p1, p2 = (jnp.asarray(transforms.orthogonal(n, n)) if n > 1 else None for n in (n1, n2))
-        transform = transforms.Transform(jnp.asarray(0.5 + rng.random(g.w.rows), jnp.float32), p1, p2)
-        groups.append(replace(g, transform=transform, a_clip=jnp.asarray([0.9, 0.8], jnp.float32), w=words(g.w)))
-    cws, mac = (jnp.asarray(rng.standard_normal(g.shape), jnp.float32) for g in (w.branches.cws, w.branches.mac))
-    branches = w.branches.replace(u=words(w.branches.u), v=words(w.branches.v), cws=cws, mac=mac)
-    main, side = np.split(rng.permutation(width), [w.groups[0].w.rows])
-    perm = jnp.asarray(np.concatenate([np.sort(main), side]), jnp.int32)
-    return replace(w, perm=perm, groups=tuple(groups), branches=branches)
 
 
 def product(tokens: Tokens, w: SplitWeight) -> jax.Array:
@@ -112,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for width in args.widths:
-        w = drawn(width, width)
+        w = site_of(0, width, width, (4, 4), ranks=(80, 128))
         laid = jax.jit(gpu.relayout)(w)
         for m in args.tokens:
             rng = np.random.default_rng(m)

@@ -84,15 +84,16 @@ def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "") -> str:
     return "\n".join(lines)
 
 
-def rows_of(name: str) -> Rows:
+def rows_of(file: Path) -> Rows:
     """Return a result file's rows."""
-    rows: Rows = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["rows"]
+    rows: Rows = json.loads(file.read_text())["rows"]
     return rows
 
 
 def readme_tables() -> dict[str, str]:
     """Return the README's tables by the names of their marks."""
-    light, full, large = (rows_of(name) + rows_of(f"{name}_h100") for name in ("demo_light", "demo_full", "smolvlm_light"))
+    results, names = ROOT / "benchmarks/results", ("demo_light", "demo_full", "smolvlm_light")
+    light, full, large = (rows_of(results / f"{name}.json") + rows_of(results / f"{name}_h100.json") for name in names)
     further = (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
     return {
         "light": compared([(s.upper(), light, s) for s in SCHEMES], bits_of="w4a4"),
@@ -113,7 +114,7 @@ if __name__ == "__main__":
     parser.add_argument("file", type=Path, nargs="?")
     file = parser.parse_args().file
     if file is not None:
-        print(markdown(json.loads(file.read_text())["rows"]))
+        print(markdown(rows_of(file)))
     else:
         readme = ROOT / "README.md"
         readme.write_text(refreshed(readme.read_text()))

@@ -4,8 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,16 +11,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import tpu_targets
-from kernel_reference import ACCUMULATION, assert_close, mask_of, numpy_matrix, site_of, tokens_of
+from kernel_reference import ACCUMULATION, assert_close, mask_of, site_of, tokens_of
 
-from splitq_jax.kernels import api, gpu, gpu_kernel, gpu_quantizer, hopper, reference
+from splitq_jax.kernels import api, gpu, gpu_kernel, hopper
 from splitq_jax.kernels.fragment import BLOCK, PLANES, bfloat16_bias, fragment_rows, pack_fragments, unpack_fragments
 from splitq_jax.kernels.gpu_matmul import choose_tile, matmul
 from splitq_jax.kernels.gpu_products import power_and_mantissa
 from splitq_jax.kernels.gpu_tile import Operands, Tile, Work
 from splitq_jax.kernels.layout import native
-from splitq_jax.kernels.operands import gate_scales, segments
 from splitq_jax.linear import linear
 from splitq_jax.qtensor import quantize_groups
 from splitq_jax.sharding import of
@@ -225,82 +221,6 @@ def product(rng, m, k, n, bits, group=None, side=(), bias=False, integer=True):
         None if offset is None else jnp.asarray(offset),
     )
     return operands, sum(a @ b for a, b in terms), sum(np.abs(a) @ np.abs(b) for a, b in terms)
-
-
-def flat_site(width, **options):
-    return site_of(0, width, 24, (4, 4), side=0, ranks=(0, 0), **options)
-
-
-QUANTIZED = {  # tokens, mask, site
-    "one token": (1, "text", lambda: site_of(0, 576, 24, (4, 4), side=16, ranks=(11, 17))),
-    "two warpgroups, a ragged end": (3, "mixed", lambda: site_of(0, 67 * 68 + 32, 24, (3, 3), side=16, ranks=(16, 16))),
-    "the end in a warpgroup of its own": (2, "text", lambda: flat_site(64 * 57)),
-    "odd rows": (16, "text", lambda: flat_site(32 * 47)),
-    "no factors but one": (16, "text", lambda: flat_site(127)),
-    "cws": (5, "text", lambda: site_of(0, 576, 24, (4, 8), side=16, ranks=(16, 0))),
-    "mac, no clips": (64, "mixed", lambda: without_clips(site_of(0, 576, 24, (4, 4), side=16, ranks=(0, 16)))),
-    "mac for nobody": (5, "vision", lambda: site_of(0, 576, 24, (4, 4), side=16, ranks=(11, 17))),
-}
-
-
-def without_clips(w):
-    return replace(w, groups=tuple(replace(g, a_clip=None) for g in w.groups))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", QUANTIZED)
-def test_quantizer_of_few_tokens(name):
-    """The kernel against the reference, which multiplies in float32: they differ where a value lies next to a tie."""
-    count, mask, site = QUANTIZED[name]
-    w, text = site(), mask_of(mask, count)
-    laid = gpu.relayout(w)
-    assert laid.quantizer is not None
-    x = tokens_of(0, count, w.shape[0])
-    expected = jax.jit(reference.quantize_activations)(x, w, text)
-    got = jax.jit(partial(gpu_quantizer.quantize_activations, interpret=True))(x, laid, text)
-    rows = w.groups[0].w.rows
-    np.testing.assert_allclose(got.scale, expected.scale, rtol=2e-5)
-    codes = np.asarray(got.values, np.int64)
-    off = codes[:, :rows] - np.asarray(expected.values, np.int64)[:, :rows]
-    assert codes.shape[1] == laid.groups[0].w.padded_rows and not codes[:, rows:].any()
-    assert np.abs(off).max() <= 1 and (off != 0).mean() < 1e-3
-    if not segments(w):
-        assert got.side is None
-        return
-    begin, start = 0, 0
-    for here, there in zip(segments(laid), segments(w), strict=True):
-        part = np.asarray(got.side[:, begin : begin + here.w.padded_rows], np.float64)
-        wanted = np.asarray(expected.side[:, start : start + there.w.rows], np.float64)
-        assert not part[:, there.w.rows :].any()
-        excess = np.abs(part[:, : there.w.rows] - wanted) - 2.0**-7 * np.abs(wanted)
-        if there.columns is not None:
-            assert (excess <= 0).mean() > 0.999
-        else:  # of a token's codes, two of x_hat and of the residual's may be off by one, which adds a row of U
-            steps = np.asarray(expected.scale, np.float64)
-            weight = np.abs(numpy_matrix(w.branches.u)).max(0)
-            cws, mac = (0.0 if s is None else weight * np.abs(np.asarray(s, np.float64)) for s in gate_scales(w.branches))
-            slack = 2 * steps * (cws + mac) * (off != 0).any(1, keepdims=True)
-            slack += 2 * steps / 2 / (2 ** (w.residual_bits - 1) - 1) * mac
-            assert (excess <= slack).all(), (excess / slack).max()
-        begin, start = begin + here.w.padded_rows, start + there.w.padded_rows
-
-
-def test_what_the_quantizer_takes():
-    assert gpu.relayout(site_of(0, 576, 24, (4, 16), side=16, ranks=(11, 0))).quantizer is None
-    assert gpu.relayout(site_of(0, 576, 24, (4, 4), side=16, transform=False)).quantizer is None
-    assert jax.eval_shape(gpu.relayout, tpu_targets.site(29568, 64, (4, 4))).quantizer is None  # factors of 148 and 192
-    for width in (576, 1152, 1536, 3584, 4096, 8192, 11008, 18944):
-        laid = jax.eval_shape(gpu.relayout, tpu_targets.site(width, 64, (4, 4)))
-        for plan in gpu_quantizer.plans(laid, laid.quantizer.sizes):
-            memory = gpu_quantizer._memory(plan)
-            used = sum(int(np.prod(r.shape)) * jnp.dtype(r.dtype).itemsize for r in (memory.v, memory.p2, memory.absmax))
-            assert used + 1024 == plan.shared_bytes <= 227 * 1024
-
-
-def test_halves_are_exact_to_sixteen_bits():
-    x = np.random.default_rng(0).standard_normal(4096).astype(np.float32) * np.exp2(np.arange(4096) % 200 - 100).astype(np.float32)
-    high, low = (np.asarray(h, np.float64) for h in jax.jit(gpu_quantizer.halves)(x))
-    assert (np.abs(high + low - x) <= np.abs(x) * 2.0**-17).all() and (low != 0).mean() > 0.9
 
 
 SIDE = ((64, True), (64, True), (128, False))

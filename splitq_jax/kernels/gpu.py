@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float
 from splitq_jax.kernels import gpu_quantizer, reference
 from splitq_jax.kernels.fragment import PLANES, fragment_step, pack_fragments
 from splitq_jax.kernels.gpu_matmul import matmul, token_tile
-from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands, Tile
+from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands
 from splitq_jax.kernels.operands import Activations, keeps_floats, segments, widen
 from splitq_jax.numerics import in_float32
 from splitq_jax.qtensor import QTensor
@@ -121,7 +121,7 @@ def quantized_matmul(
         side_scale=tuple(s.columns.astype(jnp.float32) for s in narrow if s.columns is not None),
         bias=None if bias is None else bias.astype(jnp.float32),
     )
-    return matmul(operands, main.bits, None, dtype, _interpreted(operands, interpret), interpret)
+    return matmul(operands, main.bits, None, dtype, interpret=interpret)
 
 
 def decode_matmul(
@@ -156,7 +156,7 @@ def weight_only_matmul(
         scale = jnp.pad(scale, ((0, -(-laid.padded_rows // group) - scale.shape[0]), (0, 0)))
     bias = None if bias is None else bias.astype(jnp.float32)
     operands = Operands(widen(x.astype(jnp.bfloat16), laid.padded_rows), laid.words, scale, None, None, (), (), bias)
-    return matmul(operands, laid.bits, group, dtype, _interpreted(operands, interpret), interpret)
+    return matmul(operands, laid.bits, group, dtype, interpret=interpret)
 
 
 def _side(side: Float[Array, "M R"], w: SplitWeight, other: SplitWeight) -> Float[Array, "M _"]:
@@ -172,9 +172,3 @@ def _side(side: Float[Array, "M R"], w: SplitWeight, other: SplitWeight) -> Floa
 def _fit(x: Float[Array, "M _"], w: QTensor) -> Float[Array, "M _"]:
     """Make ``x``, zero beyond the weight's rows, as wide as the weight's padded rows."""
     return x if x.shape[1] == w.padded_rows else widen(x[:, : w.rows], w.padded_rows)
-
-
-def _interpreted(o: Operands, interpret: bool) -> Tile | None:
-    """Take the whole product as one tile where it is interpreted: the interpreter compiles anew for every thread block."""
-    m, n = o.x.shape[0], o.planes[0].shape[1]
-    return Tile(-(-m // 32) * 32, -(-n // 64) * 64, 1, 1, 1) if interpret else None

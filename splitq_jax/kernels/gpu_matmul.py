@@ -76,10 +76,12 @@ def matmul(
       bits: of the weight's codes.
       group: input channels that share a scale, None where each output channel has one scale.
       dtype: of the result.
-      tile: None to choose by rule.
+      tile: None to choose by rule; interpreted, the whole product is one then.
       interpret: run in Python what a GPU would.
     """
     (m, k), n = operands.x.shape, operands.planes[0].shape[1]
+    if tile is None and interpret:  # the interpreter compiles anew for every thread block
+        tile = Tile(-(-m // 32) * 32, -(-n // 64) * 64, 1, 1, 1)
     tile = tile or choose_tile(m, n, k, group is not None)
     padded = _pad(operands, -m % tile.tokens, -n % tile.channels)
     shape = (tile.splits, m + -m % tile.tokens, n + -n % tile.channels)

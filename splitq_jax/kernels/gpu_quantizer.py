@@ -230,9 +230,7 @@ def _with_u(codes: Int[Array, "B M K"], steps: Float[Array, "B M"], u: QTensor, 
     # U has few columns: its rows are dealt to warpgroups and to thread blocks, or most of the processors would idle
     splits = max(1, min(SPLITS, x.shape[1] // STEP // ALONG))
     tile = Tile(min(TOKENS, token_tile(x.shape[0])), ROWS, 1, ALONG, splits)
-    if interpret:
-        tile = Tile(_up(x.shape[0], 32), u.shape[1], 1, 1, 1)
-    y = matmul(operands, u.bits, None, jnp.float32, tile, interpret)
+    y = matmul(operands, u.bits, None, jnp.float32, None if interpret else tile, interpret)
     return y.reshape(*codes.shape[:2], -1)
 
 
