@@ -176,7 +176,7 @@ def main() -> None:
         if kind != BASELINE:
             check(given[0], KINDS[kind][0], run(buffer, *given)[1])
             floor = sum(plane.size * 4 for plane in given[0].planes) / bandwidth
-            row = {"floor_us": floor, "tile": str(choose_tile(tokens, N, K, KINDS[kind][2] is not None))}
+            row = {"floor_us": floor, "tile": str(choose_tile(tokens, N, K, KINDS[kind][2] is not None, floats=not KINDS[kind][1]))}
             row |= {"target_us": TARGETS[kind, tokens]} if (kind, tokens) in TARGETS else {}
         times = [sum(time for _, time in kernels[flush:]) for kernels in kernels_of(run, buffer, *given, repeats=REPEATS)]
         row |= {"us": 1e3 * statistics.median(times)}

@@ -1,4 +1,4 @@
-"""Times a whole site on a Hopper GPU, tokens in and products out: ``python benchmarks/sites_gpu.py --out benchmarks/results/sites_gpu_h100.json``.
+"""Times a whole site on a Hopper GPU, tokens in and products out: ``python benchmarks/sites_gpu.py --out benchmarks/results/sites_gpu_h200.json``.
 
 What a decoding step does at each of a block's four sites, once with the kernel that quantizes few tokens
 (`splitq_jax.kernels.gpu_quantizer`) and once with XLA in its place. Each is compared with the reference in float32 first; a wrong product
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from kernel_reference import site_of
 
 LOOP, REPEATS = 50, 10
+COLUMNS = 4096
 Tokens = tuple[jax.Array, jax.Array]  # and which of them are text
 
 
@@ -82,12 +83,14 @@ def main() -> None:
     """Time everything and write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--widths", nargs="+", type=int, default=(4096,), help="channels of a token; the site has as many columns")
-    parser.add_argument("--tokens", nargs="+", type=int, default=(1, 16))
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=(4096, 11008, 18944), help=f"channels of a token; the site has {COLUMNS} columns"
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=(1, 16, 64))
     args = parser.parse_args()
     rows = []
     for width in args.widths:
-        w = site_of(0, width, width, (4, 4), ranks=(80, 128))
+        w = site_of(0, width, COLUMNS, (4, 4), ranks=(80, 128))
         laid = jax.jit(gpu.relayout)(w)
         for m in args.tokens:
             rng = np.random.default_rng(m)
@@ -110,6 +113,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "jaxlib")},
         "device": jax.devices()[0].device_kind,
+        "columns": COLUMNS,
     }
     args.out.write_text(json.dumps({"settings": facts, "rows": rows}, indent=1) + "\n")
 

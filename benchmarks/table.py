@@ -84,16 +84,16 @@ def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "") -> str:
     return "\n".join(lines)
 
 
-def rows_of(file: Path) -> Rows:
-    """Return a result file's rows."""
-    rows: Rows = json.loads(file.read_text())["rows"]
-    return rows
+def rows_of(*files: Path) -> Rows:
+    """Return the rows of result files."""
+    return [row for file in files for row in json.loads(file.read_text())["rows"]]
 
 
 def readme_tables() -> dict[str, str]:
     """Return the README's tables by the names of their marks."""
-    results, names = ROOT / "benchmarks/results", ("demo_light", "demo_full", "smolvlm_light")
-    light, full, large = (rows_of(results / f"{name}.json") + rows_of(results / f"{name}_h100.json") for name in names)
+    results = ROOT / "benchmarks/results"
+    names = ("demo_light*", "demo_full*", "smolvlm_light*")
+    light, full, large = (rows_of(*(f for f in sorted(results.glob(name)) if not f.stem.endswith("_8_channels"))) for name in names)
     further = (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
     return {
         "light": compared([(s.upper(), light, s) for s in SCHEMES], bits_of="w4a4"),

@@ -108,7 +108,7 @@ def main() -> int:
             shape((n,), "float32"),
         )
         _, (found,) = assembled(lambda o: matmul(o, bits, group, jnp.bfloat16), operands)
-        tile = choose_tile(m, n, k, group is not None)
+        tile = choose_tile(m, n, k, group is not None, floats=not integer)
         return found | {"accumulators": tile.rows * tile.tokens // 128, "tile": str(tile)}
 
     def assembled(function, *args) -> tuple[str, list[dict]]:

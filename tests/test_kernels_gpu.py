@@ -152,10 +152,12 @@ def test_powers_and_mantissas_are_exact():
 
 def test_rule_of_tiles():
     """Every tile divides what it is for, and few tokens get thread blocks for every processor where the weight is long enough."""
-    assert choose_tile(2048, 37888, 3456, False) == Tile(128, 128, 2, 1, 1)
+    assert choose_tile(2048, 37888, 3456, False) == Tile(256, 64, 2, 1, 1)
+    assert choose_tile(2048, 37888, 3584, False, floats=True) == Tile(128, 128, 2, 1, 1)
     assert choose_tile(2048, 37888, 3584, True).rows == 64
     assert choose_tile(1, 14336, 4096, False) == Tile(8, 64, 2, 2, 1)
-    assert choose_tile(256, 14336, 4096, False) == Tile(128, 128, 2, 1, 1) and choose_tile(128, 14336, 4096, False).rows == 64
+    assert choose_tile(256, 14336, 4096, False).tokens == 256 and choose_tile(128, 14336, 4096, False) == Tile(128, 64, 2, 1, 1)
+    assert choose_tile(257, 14336, 4096, False).tokens == 128
     down = choose_tile(16, 3584, 18176, False)
     assert down.splits * 3584 // 64 >= 100 and down.tokens == 16
 
@@ -167,7 +169,7 @@ def test_shared_memory_suffices(tokens, dtype, group):
     for bits in PLANES:
         for channels, width in ((37888, 3584), (4608, 3584), (3584, 18176), (2560, 2048), (200, 576)):
             for out, narrow in (("bfloat16", 0), ("float32", 0), ("bfloat16", 384), ("float32", 1024)):
-                tile = choose_tile(tokens, channels, width, group is not None)
+                tile = choose_tile(tokens, channels, width, group is not None, floats=dtype == "bfloat16")
                 m, n, k = (-(-d // t) * t for d, t in ((tokens, tile.tokens), (channels, tile.channels), (width, 128)))
                 planes = tuple(np.empty((k // 128, n, 4 * field), np.int32) for field in PLANES[bits])
                 side = np.empty((m, narrow), ml_dtypes.bfloat16) if narrow and group is None else None

@@ -34,29 +34,33 @@ def token_tile(tokens: int) -> int:
     return next((c for c in (8, 16, 32, 64) if tokens <= c), 128)
 
 
-def choose_tile(tokens: int, channels: int, width: int, groups: bool) -> Tile:
+def choose_tile(tokens: int, channels: int, width: int, groups: bool, floats: bool = False) -> Tile:
     """Choose by rule, from what an H200 took for tiles of each kind.
 
-    Many tokens: tiles of 128 tokens by 256 or 128 channels, whichever takes less time in all; a round of the wider ones takes 1.8 times as
-    long. Scales per group need a second accumulator, so half the channels. Few tokens: 128 channels, and a second pair of warpgroups along
-    the input channels, to expand weights as fast as memory delivers them; 64 channels and four warpgroups along where wider tiles would
-    leave half of the processors idle. Tiles too few for all processors split the input channels, no less than 16 steps each.
+    Many tokens: tiles of 128 tokens by 128 or 256 channels, or, where tokens are codes, of 256 by 128, whichever takes less time in all; a
+    round of the larger ones takes 1.8 and 1.68 times as long. Scales per group need a second accumulator, so no more than 128 by 128. Few
+    tokens: 128 channels, and a second pair of warpgroups along the input channels, to expand weights as fast as memory delivers them; 64
+    channels and four warpgroups along where wider tiles would leave half of the processors idle. Tiles too few for all processors split
+    the input channels, no less than 16 steps each.
 
     Args:
       tokens: M.
       channels: N.
       width: K.
       groups: whether the scales are per group of input channels.
+      floats: whether the tokens are floats.
     """
 
     def count(tile: Tile) -> int:
         return -(-tokens // tile.tokens) * -(-channels // tile.channels)
 
     if tokens > 64:
-        tile, wide = Tile(token_tile(tokens), 64, 2, 1, 1), Tile(token_tile(tokens), 128, 2, 1, 1)
-        rounds = [-(-count(t) // PROCESSORS) for t in (tile, wide)]
-        if not groups and channels % wide.channels == 0 and 1.8 * rounds[1] <= rounds[0]:
-            tile = wide
+        costs = {Tile(128, 64, 2, 1, 1): 1.0}  # of a round
+        if not groups and channels % 256 == 0:
+            costs[Tile(128, 128, 2, 1, 1)] = 1.8
+        if not groups and not floats:
+            costs[Tile(256, 64, 2, 1, 1)] = 1.68
+        tile = min(costs, key=lambda t: costs[t] * -(-count(t) // PROCESSORS))
     else:
         columns = token_tile(tokens)
         tile = Tile(columns, 64, 2, 1 if groups and columns == 64 else 2, 1)  # so many sums do not fit five warpgroups' registers
@@ -82,7 +86,7 @@ def matmul(
     (m, k), n = operands.x.shape, operands.planes[0].shape[1]
     if tile is None and interpret:  # the interpreter compiles anew for every thread block
         tile = Tile(-(-m // 32) * 32, -(-n // 64) * 64, 1, 1, 1)
-    tile = tile or choose_tile(m, n, k, group is not None)
+    tile = tile or choose_tile(m, n, k, group is not None, floats=operands.token_scale is None)
     padded = _pad(operands, -m % tile.tokens, -n % tile.channels)
     shape = (tile.splits, m + -m % tile.tokens, n + -n % tile.channels)
     out_dtype = jnp.dtype(dtype if tile.splits == 1 else jnp.float32)
