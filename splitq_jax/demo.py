@@ -105,15 +105,13 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
             console.print(_line(rows[-1]))
     console.print(evaluation.table(rows))
     extra = {"model": config.size, "seed": config.seed, "block_errors": [vars(e) for e in done.errors]}
-    extra["site_errors"] = calib.site_errors(setup.model, setup.params, done.params, samples[:2])
+    extra["site_errors"] = calib.site_errors(setup.model, setup.params, done.params, samples[:1])
     sq.save(out / "quantized" / PARAMS, done.params, recipe=chosen[-1], config=setup.model.config, extra=extra)
     sq.save(out / "quantized" / CHANNELS, {path.replace("/", "."): s.absmax for path, s in stats.items()})
     models.copy_processor(out / "model", out / "quantized")
     answers = sample_answers(setup, done.params)
     for answer in answers:
-        console.print(
-            f"{answer.question}  [bold]{answer.said['quantized']}[/bold]  (float: {answer.said['float']}, true: {answer.answer})"
-        )
+        console.print(f"{answer.question}  [bold]{answer.said['quantized']}[/bold]  (right: {answer.answer})")
     report = evaluation.Report(
         title=f"SplitQ demo: {config.scheme.upper()} on easy-VQA",
         facts=facts(config, time.monotonic() - began),
@@ -130,18 +128,15 @@ def _line(row: evaluation.Row) -> str:
 
 
 def sample_answers(setup: Setup, params: Params, count: int = 3) -> list[evaluation.Sample]:
-    """Let the float and the quantized model answer ``count`` test questions about different images."""
+    """Let the quantized model answer ``count`` test questions about different images."""
     found = setup.data.records("test", range(count))
     firsts = {r["image_id"]: r for r in reversed(found)}
     shown = [firsts[i] for i in sorted(firsts)]
     batch = setup.processor([r["question"] for r in shown], [r["image"] for r in shown])
-    said = {}
-    for name, tree in (("float", setup.params), ("quantized", params)):
-        tokens = models.generate(setup.model, tree, batch, 8, stop_ids=setup.processor.stop_ids)
-        said[name] = [setup.processor.decode(t) for t in tokens]
+    tokens = models.generate(setup.model, params, batch, 8, stop_ids=setup.processor.stop_ids)
     return [
-        evaluation.Sample(r["image"], r["question"], r["answer"], {name: texts[i] for name, texts in said.items()})
-        for i, r in enumerate(shown)
+        evaluation.Sample(r["image"], r["question"], r["answer"], {"quantized": setup.processor.decode(said)})
+        for r, said in zip(shown, tokens, strict=True)
     ]
 
 
