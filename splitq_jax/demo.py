@@ -5,6 +5,7 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from splitq_jax.errors import InputError
 from splitq_jax.mocd import SiteStats
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, output_folder, progress_bar
-from splitq_jax.pipeline import CHANNELS, Params, Setup, channels_of, keep_freed_memory, quantized, result_row
+from splitq_jax.pipeline import CHANNELS, Outcome, Params, Setup, channels_of, keep_freed_memory, quantized, result_row
 from splitq_jax.quantization import kernels
 from splitq_jax.recipe import Recipe
 
 BASELINES = ("rtn", "smoothquant", "flatquant", "random-channels")
 SHOWN_SITES = ("qkv", "down")
+AT_A_TIME = 2  # methods
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,26 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
         start = time.monotonic()
         stats = calib.collect(setup.model, setup.params, samples, chosen[-1].split, gram=config.method == "gptq", progress=bar)
         collecting = time.monotonic() - start
-        for part in chosen:
-            kept = runs / part.method
+
+        def judge(part: Recipe) -> tuple[Outcome, evaluation.Row]:
+            kept, label = runs / part.method, f"{part.method} {part.scheme}: evaluating"
             judged = held_out if part is chosen[-1] else None  # whose block errors are reported
             done = quantized(setup, stats, part, EFFORTS[config.effort], samples, held_out=judged, run_folder=kept, progress=bar)
-            label = f"{part.method} {part.scheme}: evaluating"
             result = evaluation.evaluate(setup.model, done.params, test, reference, progress=bar, label=label)
-            rows.append(result_row(result, done.params, part.method, part.scheme, config.seed, collecting + done.seconds))
-            console.print(_line(rows[-1]))
+            row = result_row(result, done.params, part.method, part.scheme, config.seed, collecting + done.seconds)
+            console.print(_line(row))
+            return done, row
+
+        # a training step keeps less than two cores busy, and its compilation one; the longest first
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            waiting = [pool.submit(judge, part) for part in reversed(chosen)]
+            try:
+                (done, _), *_ = found = [future.result() for future in waiting]
+            except BaseException:
+                bar.ended = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    rows += [row for _, row in reversed(found)]
     console.print(evaluation.table(rows))
     extra = {"model": config.size, "seed": config.seed, "block_errors": [vars(e) for e in done.errors]}
     extra["site_errors"] = calib.site_errors(setup.model, setup.params, done.params, samples[:1])
@@ -159,6 +173,6 @@ def facts(config: DemoConfig, seconds: float) -> dict[str, Any]:
         "command": command,
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
         "device": jax.devices()[0].device_kind,
-        "seconds": round(seconds),
+        "seconds": f"{seconds:.0f}, {AT_A_TIME} methods at a time",
         "settings": json.loads(json.dumps(vars(config), default=str)),
     }

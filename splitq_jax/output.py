@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from splitq_jax.errors import InputError
 
@@ -20,9 +20,25 @@ def make_console() -> Console:
     return found if found.is_terminal else Console(width=max(found.width, 160))
 
 
-def progress_bar(console: Console | None = None) -> Progress:
+class Bar(Progress):
+    """A progress bar by which threads learn that the command is to end: once ``ended``, their next step raises KeyboardInterrupt."""
+
+    ended = False
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Show a step.
+
+        Raises:
+          KeyboardInterrupt: the command is to end.
+        """
+        if self.ended:
+            raise KeyboardInterrupt
+        super().advance(task_id, advance)
+
+
+def progress_bar(console: Console | None = None) -> Bar:
     """Return the bar that all commands show."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    return Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
 
 
 @contextlib.contextmanager
