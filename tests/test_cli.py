@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import splitq_jax as sq
 from splitq_jax import models
 from splitq_jax.cli import main
+from splitq_jax.output import progress_bar
 
 IMAGE, END = 90, 1
 TEMPLATE = (
@@ -139,3 +140,14 @@ def test_unknown_flags_and_commands(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert caught.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_bar_ends_the_threads_that_move_it() -> None:
+    bar = progress_bar()
+    task = bar.add_task("training", total=2)
+    bar.advance(task)
+    assert bar.tasks[0].completed == 1
+    bar.ended = True
+    with pytest.raises(KeyboardInterrupt):
+        bar.advance(task)
+    assert bar.tasks[0].completed == 1
