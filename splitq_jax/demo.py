@@ -5,7 +5,7 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,14 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
         with ThreadPoolExecutor(AT_A_TIME) as pool:
             waiting = [pool.submit(judge, part) for part in reversed(chosen)]
             try:
-                (done, _), *_ = found = [future.result() for future in waiting]
+                for future in as_completed(waiting):
+                    future.result()  # whichever fails first ends the others
             except BaseException:
                 bar.ended = True
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)
                 raise
-    rows += [row for _, row in reversed(found)]
+    rows += [future.result()[1] for future in reversed(waiting)]
+    done, _ = waiting[0].result()
     console.print(evaluation.table(rows))
     extra = {"model": config.size, "seed": config.seed, "block_errors": [vars(e) for e in done.errors]}
     extra["site_errors"] = calib.site_errors(setup.model, setup.params, done.params, samples[:1])
@@ -173,6 +175,7 @@ def facts(config: DemoConfig, seconds: float) -> dict[str, Any]:
         "command": command,
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
         "device": jax.devices()[0].device_kind,
-        "seconds": f"{seconds:.0f}, {AT_A_TIME} methods at a time",
+        "seconds": round(seconds),
+        "methods at a time": AT_A_TIME,
         "settings": json.loads(json.dumps(vars(config), default=str)),
     }
