@@ -83,7 +83,8 @@ def main() -> None:
                 continue
             samples = setup.calibration(128, seed)
             start = time.monotonic()
-            stats = calib.collect(setup.model, setup.params, samples, todo[0].split, progress=bar)
+            gram = any(r.rounding == "gptq" for r in todo)
+            stats = calib.collect(setup.model, setup.params, samples, todo[0].split, gram=gram, progress=bar)
             collecting = time.monotonic() - start
             for part in todo:
                 out = quantized(setup, stats, part, config, samples, held_out=held_out, progress=bar)

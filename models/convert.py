@@ -21,7 +21,7 @@ from splitq_jax.checkpoint import Deferred, restore
 from splitq_jax.errors import InputError
 from splitq_jax.manifest import MANIFEST
 from splitq_jax.models.families import FAMILIES, model_of
-from splitq_jax.models.model import VisionLanguageModel, shapes
+from splitq_jax.models.model import VisionLanguageModel
 from splitq_jax.models.names import Source
 from splitq_jax.models.weights import SINGLE, Weights, read_json
 from splitq_jax.sharding import empty, place, sharding
@@ -178,9 +178,9 @@ def export(out: str | Path, config: Mapping[str, Any], params: Params, files: Ma
     if wrong := [n for n in files if Path(n).name != n or n in {"", "..", SINGLE, "config.json"}]:
         raise InputError(f"{out}: file {wrong[0]!r}; expected plain names beside {SINGLE} and config.json")
     model = model_of(dict(config))
-    tensors = model.unread()
-    leaves = _float_leaves(params, shapes(model))
-    for path, source in model.table().items():
+    tensors, table = model.unread(), model.table()
+    leaves = _float_leaves(params, {path: source.shape for path, source in table.items()})
+    for path, source in table.items():
         tensors |= source.part(leaves[path])
     text = json.dumps(config, indent=2)
     draft = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")

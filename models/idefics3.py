@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -99,18 +97,6 @@ class Idefics3(VisionLanguageModel):
         t.linear("projector/fc", ["model.connector.modality_projection.proj"], inputs, [c.text.hidden_size])
         t.decoder(c.text, c.tied, "model.text_model")
         return t.sources
-
-    @nn.nowrap
-    def example(self) -> dict[str, Any]:
-        """Return a smallest prepared batch with an image: a tile that becomes one token."""
-        c, patches = self.config, self.config.scale_factor**2
-        side = c.scale_factor * c.vision.patch_size
-        return {
-            "input_ids": jax.ShapeDtypeStruct((1, 1), jnp.int32),
-            "pixel_values": jax.ShapeDtypeStruct((1, c.vision.num_channels, side, side), jnp.float32),
-            "patch_positions": jax.ShapeDtypeStruct((1, patches), jnp.int32),
-            "patch_valid": jax.ShapeDtypeStruct((1, patches), bool),
-        }
 
     @nn.nowrap
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -145,13 +144,6 @@ class LlavaOnevision(LlavaBase):
     def table(self) -> dict[str, Source]:
         """Return the source of every leaf, by its path."""
         return super().table() | {"newline": Source(("image_newline",), ((self.config.text.hidden_size,),), "plain")}
-
-    @nn.nowrap
-    def example(self) -> dict[str, Any]:
-        """Return a smallest prepared batch with an image."""
-        shape = (self.config.tokens_per_image, 4)
-        taps = {"rows": jax.ShapeDtypeStruct(shape, jnp.int32), "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
-        return super().example() | taps
 
     @nn.nowrap
     def check(self, batch: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -84,11 +83,6 @@ class VisionLanguageModel(nn.Module):
           InputError: they are lost.
         """
         return {}
-
-    @nn.nowrap
-    def example(self) -> dict[str, Any]:
-        """Return a smallest prepared batch with an image, to trace the model's shapes."""
-        raise NotImplementedError
 
     @nn.nowrap
     def block(self, i: int = 0) -> Block:
@@ -207,13 +201,6 @@ class FixedImages(VisionLanguageModel):
     """A family whose images all have the size of the tower and take ``config.tokens_per_image`` placeholders ``image_token_id``."""
 
     @nn.nowrap
-    def example(self) -> dict[str, Any]:
-        """Return a smallest batch with an image."""
-        c = self.config
-        pixels = jax.ShapeDtypeStruct((1, c.vision.num_channels, c.vision.image_size, c.vision.image_size), jnp.float32)
-        return {"input_ids": jax.ShapeDtypeStruct((1, c.tokens_per_image), jnp.int32), "pixel_values": pixels}
-
-    @nn.nowrap
     def check(self, batch: Mapping[str, Any]) -> None:
         """Check a batch of host arrays before it is traced.
 
@@ -238,12 +225,6 @@ def _place(rows: Float[Array, "M D"], is_image: Bool[Array, "B L"]) -> Float[Arr
     """Spread rows over the placeholders, in order."""
     slot = jnp.cumsum(is_image.reshape(-1).astype(jnp.int32)) - 1
     return rows[jnp.clip(slot, 0, rows.shape[0] - 1)].reshape(*is_image.shape, -1)
-
-
-def shapes(model: VisionLanguageModel) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's shape by its path, without making any."""
-    tree = jax.eval_shape(lambda batch: model.init(jax.random.key(0), **batch), model.example())["params"]
-    return {"/".join(k.key for k in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def check_pixels(pixels: Any, shape: tuple[int | str, ...], what: str) -> None:

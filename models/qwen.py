@@ -144,18 +144,6 @@ class QwenVL(VisionLanguageModel):
         return t.sources
 
     @nn.nowrap
-    def example(self) -> dict[str, Any]:
-        """Return a smallest prepared batch with an image."""
-        c = self.config.vision
-        return self.prepare(
-            {
-                "input_ids": np.full((1, 1), self.config.image_token_id, np.int32),
-                "pixel_values": np.zeros((c.unit, c.patch_inputs), np.float32),
-                "image_grid_thw": np.array([[1, c.merge_size, c.merge_size]]),
-            }
-        )
-
-    @nn.nowrap
     def check(self, batch: Mapping[str, Any]) -> None:
         """Check a batch of host arrays; see `prepare`."""
         self.prepare(batch)

@@ -95,7 +95,8 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
         rows = [result_row(reference, setup.params, "float", "float", config.seed, 0.0)]
         console.print(_line(rows[-1]))
         start = time.monotonic()
-        stats = calib.collect(setup.model, setup.params, samples, chosen[-1].split, gram=config.method == "gptq", progress=bar)
+        gram = any(r.rounding == "gptq" for r in chosen)
+        stats = calib.collect(setup.model, setup.params, samples, chosen[-1].split, gram=gram, progress=bar)
         collecting = time.monotonic() - start
 
         def judge(part: Recipe) -> tuple[Outcome, evaluation.Row]:

@@ -20,7 +20,7 @@ from splitq_jax.linear import Group, SplitWeight, stored_bits
 from splitq_jax.mocd import SiteStats
 from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, in_float32, logit
 from splitq_jax.packing import TILE_ROWS, WIDE
-from splitq_jax.qtensor import pad_words, quantize_matrix
+from splitq_jax.qtensor import quantize_matrix
 from splitq_jax.recipe import Recipe
 from splitq_jax.rounding import gptq
 from splitq_jax.site import LearnedGroup, TrainableSplit, clip_factors, split, unrounded
@@ -218,22 +218,28 @@ def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
     (w_bits, a_bits), (side_w_bits, side_a_bits) = recipe.main_bits, recipe.side
     weights, branches = unrounded(site)
     multiple = TILE_ROWS if site.w.shape[0] >= WIDE else 1
-    groups = []
-    for i, (group, w, channels) in enumerate(zip(site.groups, weights, split(site.perm, site.sizes, 0), strict=True)):
-        bits = w_bits if i == 0 else side_w_bits
-        clip = clip_factors(group.w_clip)
-        if site.gram is None:
-            codes = quantize_matrix(w, bits, clip, multiple=multiple)
-        else:  # X P has the Gram matrix P^T X^T X P: transform both sides
-            half = apply(group.transform, site.gram[channels][:, channels])
-            codes = pad_words(gptq(w, apply(group.transform, half.T), bits, clip), multiple)
-        groups.append(Group(group.transform, clip_factors(group.a_clip), codes, a_bits if i == 0 else side_a_bits))
+    bits = (w_bits, *[side_w_bits] * (len(weights) - 1))
+    clips = [clip_factors(group.w_clip) for group in site.groups]
+    if site.gram is None:
+        codes = [quantize_matrix(w, n, clip, multiple=multiple) for w, n, clip in zip(weights, bits, clips, strict=True)]
+    else:  # what the groups meet, X P, has the Gram matrix P^T (X^T X) P
+        codes = gptq(weights, transformed(site, transformed(site, site.gram).T), bits, clips, multiple)
+    groups = [
+        Group(group.transform, clip_factors(group.a_clip), w, a_bits if i == 0 else side_a_bits)
+        for i, (group, w) in enumerate(zip(site.groups, codes, strict=True))
+    ]
 
     if branches is not None:
         u, v = (quantize_matrix(f, side_w_bits, axis=i, multiple=multiple) for i, f in enumerate((branches.u, branches.v)))
         branches = dataclasses.replace(branches, u=u, v=v)
     perm = site.perm if len(site.sizes) > 1 else None
     return SplitWeight(perm, tuple(groups), branches, site.mac_tokens, side_a_bits)
+
+
+def transformed(site: TrainableSplit, x: Float[Array, "M D"]) -> Float[Array, "M D"]:
+    """Return ``X P``, the groups side by side."""
+    parts = split(x[:, site.perm], site.sizes, axis=1)
+    return jnp.concatenate([apply(g.transform, part) for g, part in zip(site.groups, parts, strict=True)], axis=1)
 
 
 def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:

@@ -187,25 +187,45 @@ def test_gptq_beats_nearest_on_correlated_inputs():
     w = jnp.asarray(rng.standard_normal((D, N)), jnp.float32)
     from splitq_jax.qtensor import quantize_matrix
 
-    errors = [relative_error(x @ q.decode(), x @ w) for q in (gptq(w, x.T @ x, 3), quantize_matrix(w, 3))]
+    (repaired,) = gptq([w], x.T @ x, [3], [None])
+    errors = [relative_error(x @ q.decode(), x @ w) for q in (repaired, quantize_matrix(w, 3))]
     assert errors[0] < 0.5 * errors[1]
 
 
-def test_gptq_is_its_sequential_definition():
-    """Each row's rounding error, spread by least squares on the rows that follow (OBQ), in float64."""
+@pytest.mark.parametrize("sizes", [(6,), (150, 20, 10)])
+def test_gptq_is_its_sequential_definition(sizes):
+    """Each row's rounding error, spread by least squares on the rows that follow (OBQ), in float64; groups have scales and bits."""
     rng = np.random.default_rng(1)
-    x, w = rng.standard_normal((60, 6)), rng.standard_normal((6, 4))
+    rows, count = sum(sizes), 10 * sum(sizes)
+    x, w = rng.standard_normal((count, rows)), rng.standard_normal((rows, 4))
     h = x.T @ x
-    damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(6)
-    scale, left, codes = np.abs(w).max(0) / 7, w.copy(), np.zeros((6, 4))
-    for k in range(6):
-        codes[k] = np.clip(np.round(left[k] / scale), -8, 7)
-        error = left[k] - codes[k] * scale
+    damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(rows)
+    bits, parts = [3, 4, 4][-len(sizes) :], np.split(w, np.cumsum(sizes)[:-1])
+    top = np.repeat([2 ** (b - 1) - 1 for b in bits], sizes)[:, None]
+    scale = np.concatenate([np.broadcast_to(np.abs(p).max(0), p.shape) for p in parts]) / top
+    left, codes = w.copy(), np.zeros(w.shape)
+    for k in range(rows):
+        codes[k] = np.clip(np.round(left[k] / scale[k]), -top[k] - 1, top[k])
+        error = left[k] - codes[k] * scale[k]
         # minimise (e, d)^T H (e, d) over the later rows' change d
-        if k < 5:
+        if k < rows - 1:
             left[k + 1 :] += np.linalg.solve(damped[k + 1 :, k + 1 :], damped[k + 1 :, k : k + 1]) @ error[None]
-    got = gptq(jnp.asarray(w, jnp.float32), jnp.asarray(h, jnp.float32), 4)
-    assert (np.asarray(got.codes()) == codes).all()
+    got = gptq([jnp.asarray(p, jnp.float32) for p in parts], jnp.asarray(h, jnp.float32), bits, [None] * len(sizes))
+    assert [q.bits for q in got] == bits
+    assert (np.concatenate([q.codes() for q in got]) == codes).all()
+
+
+def test_gptq_repairs_a_site_of_several_groups(params):
+    """Transform, split and clips included, on tokens whose channels go together."""
+    rng = np.random.default_rng(2)
+    mix = np.eye(D) + rng.standard_normal((D, 8)) @ rng.standard_normal((8, D))
+    x = planted_tokens(4) @ jnp.asarray(mix, jnp.float32)
+    stats, recipe = {PATH: site_stats(x, SPLIT.channels(D))}, recipes.mocd("w3a16").replace(split=SPLIT)
+    exact, errors = x @ kernels(params)[PATH], []
+    for rounding in ("nearest", "gptq"):
+        quantized = sq.quantize(params, stats, recipe.replace(rounding=rounding))
+        errors.append(relative_error(apply(quantized, x), exact))
+    assert errors[1] < 0.5 * errors[0], errors
 
 
 def test_low_rank_factors_are_the_truncated_svd(params):

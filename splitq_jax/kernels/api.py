@@ -3,6 +3,7 @@
 ``backend=None`` chooses inside jit, by the platform that the program is lowered for: the TPU's and the GPU's kernels, and the
 reference everywhere else. A backend's name forces it: ``"tpu"`` and ``"gpu"`` are interpreted where there is none (slow, exact).
 What a backend does not take goes to the reference, and says why to the logger ``splitq_jax.kernels`` at level DEBUG.
+Each is jitted, so that a model traces and lowers a site once for every shape, not for every block, and on each platform.
 """
 
 import importlib.util
@@ -35,6 +36,7 @@ _Run = Callable[[str, Any, int], Callable[..., Any]]
 LOG = logging.getLogger("splitq_jax.kernels")
 
 
+@partial(jax.jit, static_argnames=("dtype", "backend"))
 def split_matmul(
     x: Float[Array, "M D"],
     w: SplitWeight,
@@ -70,6 +72,7 @@ def split_matmul(
     return _dispatch(on, backend, (x, is_text), w, bias)
 
 
+@partial(jax.jit, static_argnames="backend")
 def quantize_activations(
     x: Float[Array, "M D"],
     w: SplitWeight,
@@ -96,6 +99,7 @@ def quantize_activations(
     return prepared
 
 
+@partial(jax.jit, static_argnames=("dtype", "backend"))
 def quantized_matmul(
     a: Activations,
     w: SplitWeight,
@@ -115,6 +119,7 @@ def quantized_matmul(
     return _dispatch(_job("quantized_matmul", dtype), backend, (a,), w, bias)
 
 
+@partial(jax.jit, static_argnames=("dtype", "backend"))
 def decode_matmul(
     x: Float[Array, "M D"],
     w: SplitWeight,
@@ -132,6 +137,7 @@ def decode_matmul(
     return _dispatch(_job("decode_matmul", dtype or x.dtype), backend, (x, is_text), w, bias)
 
 
+@partial(jax.jit, static_argnames=("dtype", "backend"))
 def weight_only_matmul(
     x: Float[Array, "M K"],
     w: QTensor,

@@ -142,11 +142,11 @@ def weight_only_matmul(
 
 
 def _tiled(w: QTensor, rows: int = 0) -> QTensor:
-    """Return the matrix with words in whole tiles, ``rows`` rows or more: as it is for wide sites, a copy for narrow ones."""
+    """Return the matrix with words in whole tiles, or as ``rows`` rows: as it is for wide sites, a copy for narrow ones."""
     if w.bits == 3 and slab_rows(w.rows) != SLAB:
         w = from_codes(w.codes(), w.scale, 4)
     if w.padded_rows % TILE_ROWS or w.padded_rows < rows:
-        w = pad_words(w, max(rows, 2 * TILE_ROWS))
+        w = pad_words(w, rows or 2 * TILE_ROWS)
     return w
 
 
