@@ -5,7 +5,7 @@ import platform
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,42 +91,50 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
     test = setup.questions("test", config.limit or None)
     samples, held_out = setup.calibration(config.samples, config.seed), setup.calibration(16, config.seed, "validation")
     with progress_bar(console) as bar:
-        reference = evaluation.evaluate(setup.model, setup.params, test, progress=bar, label="float: evaluating")
-        rows = [result_row(reference, setup.params, "float", "float", config.seed, 0.0)]
-        console.print(_line(rows[-1]))
-        start = time.monotonic()
-        gram = any(r.rounding == "gptq" for r in chosen)
-        stats = calib.collect(setup.model, setup.params, samples, chosen[-1].split, gram=gram, progress=bar)
-        collecting = time.monotonic() - start
+
+        def collect() -> tuple[dict[str, SiteStats], float]:
+            start, gram = time.monotonic(), any(r.rounding == "gptq" for r in chosen)
+            stats = calib.collect(setup.model, setup.params, samples, chosen[-1].split, gram=gram, progress=bar)
+            return stats, time.monotonic() - start
 
         def judge(part: Recipe) -> tuple[Outcome, evaluation.Row]:
+            stats, collecting = collected.result()
             kept, label = runs / part.method, f"{part.method} {part.scheme}: evaluating"
             judged = held_out if part is chosen[-1] else None  # whose block errors are reported
             done = quantized(setup, stats, part, EFFORTS[config.effort], samples, held_out=judged, run_folder=kept, progress=bar)
-            result = evaluation.evaluate(setup.model, done.params, test, reference, progress=bar, label=label)
+            result = evaluation.evaluate(setup.model, done.params, test, reference.result(), progress=bar, label=label)
             row = result_row(result, done.params, part.method, part.scheme, config.seed, collecting + done.seconds)
             console.print(_line(row))
             return done, row
 
-        # a training step keeps less than two cores busy, and its compilation one; the longest first
+        # a training step keeps less than two cores busy, and its compilation one
         with ThreadPoolExecutor(AT_A_TIME) as pool:
-            waiting = [pool.submit(judge, part) for part in reversed(chosen)]
+            reference = pool.submit(evaluation.evaluate, setup.model, setup.params, test, progress=bar, label="float: evaluating")
+            collected = pool.submit(collect)
+            methods = [pool.submit(judge, part) for part in reversed(chosen)]  # the longest first
+            answered = pool.submit(lambda: sample_answers(setup, methods[0].result()[0].params))
+            erred = pool.submit(lambda: calib.site_errors(setup.model, setup.params, methods[0].result()[0].params, samples[:1]))
+            everything: list[Future[Any]] = [reference, collected, *methods, answered, erred]
             try:
-                for future in as_completed(waiting):
+                for future in as_completed(everything):
                     future.result()  # whichever fails first ends the others
             except BaseException:
                 bar.ended = True
                 pool.shutdown(cancel_futures=True)
                 raise
-    rows += [future.result()[1] for future in reversed(waiting)]
-    done, _ = waiting[0].result()
+    rows = [result_row(reference.result(), setup.params, "float", "float", config.seed, 0.0)]
+    rows += [judged.result()[1] for judged in reversed(methods)]
+    (done, _), stats, answers = methods[0].result(), collected.result()[0], answered.result()
     console.print(evaluation.table(rows))
-    extra = {"model": config.size, "seed": config.seed, "block_errors": [vars(e) for e in done.errors]}
-    extra["site_errors"] = calib.site_errors(setup.model, setup.params, done.params, samples[:1])
+    extra = {
+        "model": config.size,
+        "seed": config.seed,
+        "block_errors": [vars(e) for e in done.errors],
+        "site_errors": erred.result(),
+    }
     sq.save(out / "quantized" / PARAMS, done.params, recipe=chosen[-1], config=setup.model.config, extra=extra)
     sq.save(out / "quantized" / CHANNELS, {path.replace("/", "."): s.absmax for path, s in stats.items()})
     models.copy_processor(out / "model", out / "quantized")
-    answers = sample_answers(setup, done.params)
     for answer in answers:
         console.print(f"{answer.question}  [bold]{answer.said['quantized']}[/bold]  (right: {answer.answer})")
     report = evaluation.Report(

@@ -68,7 +68,7 @@ def test_prefill(chip, model, name, bits):
 
 @pytest.mark.parametrize(("chip", "bits"), [("v6e", (4, 4)), ("v5e", (4, 8)), ("tpu7x", (3, 3))], ids=str)
 def test_quantizing_tokens(chip, bits):
-    w = site(*sites_of("Qwen2.5-VL-7B")["o"], bits)
+    w = site(*sites_of("Qwen2.5-VL-3B")["o"], bits)
 
     def quantize(x, w, is_text):
         return tpu.quantize_activations(x, w, is_text, interpret=False)
