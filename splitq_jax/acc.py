@@ -56,6 +56,14 @@ class LowRank:
         r = 0 if gate is None else gate.shape[0]
         return slice(0, r) if branch == "cws" else slice(self.rank - r, self.rank)
 
+    def cws_product(self) -> Float[Array, "K N"]:
+        """Return ``U_s G_s V_s`` of float factors, zeros where CWS is off."""
+        if self.cws is None:
+            return jnp.zeros((self.u.shape[0], self.v.shape[1]), jnp.float32)
+        at = self.columns("cws")
+        product: Float[Array, "K N"] = (self.u[:, at] * self.cws[None, :]) @ self.v[at]
+        return product
+
     def diagonal(self, branch: BranchName) -> Float[Array, " R"] | None:
         """Return a branch's gate over all columns, zero where it has none; None where it is off."""
         gate, at = self.cws if branch == "cws" else self.mac, self.columns(branch)

@@ -216,22 +216,25 @@ def freeze(params: Params, recipe: Recipe) -> Params:
 def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
     """Round one site."""
     (w_bits, a_bits), (side_w_bits, side_a_bits) = recipe.main_bits, recipe.side
-    weights, branches = unrounded(site)
+    weights, exact = unrounded(site)
     multiple = TILE_ROWS if site.w.shape[0] >= WIDE else 1
     bits = (w_bits, *[side_w_bits] * (len(weights) - 1))
     clips = [clip_factors(group.w_clip) for group in site.groups]
+    branches = None
+    if exact is not None:
+        u, v = (quantize_matrix(f, side_w_bits, axis=i, multiple=multiple) for i, f in enumerate((exact.u, exact.v)))
+        branches = dataclasses.replace(exact, u=u, v=v)
     if site.gram is None:
         codes = [quantize_matrix(w, n, clip, multiple=multiple) for w, n, clip in zip(weights, bits, clips, strict=True)]
-    else:  # what the groups meet, X P, has the Gram matrix P^T (X^T X) P
+    else:
+        if exact is not None:  # what rounding takes from CWS itself is repaired with the rest
+            weights[0] += exact.cws_product() - dataclasses.replace(exact, u=u.decode(), v=v.decode()).cws_product()
+        # what the groups meet, X P, has the Gram matrix P^T (X^T X) P
         codes = gptq(weights, transformed(site, transformed(site, site.gram).T), bits, clips, multiple)
     groups = [
         Group(group.transform, clip_factors(group.a_clip), w, a_bits if i == 0 else side_a_bits)
         for i, (group, w) in enumerate(zip(site.groups, codes, strict=True))
     ]
-
-    if branches is not None:
-        u, v = (quantize_matrix(f, side_w_bits, axis=i, multiple=multiple) for i, f in enumerate((branches.u, branches.v)))
-        branches = dataclasses.replace(branches, u=u, v=v)
     perm = site.perm if len(site.sizes) > 1 else None
     return SplitWeight(perm, tuple(groups), branches, site.mac_tokens, side_a_bits)
 

@@ -122,10 +122,8 @@ def unrounded(site: TrainableSplit) -> Unrounded:
         return Unrounded([apply_inverse(transform, main), *side], None)
     # side by side, so that P_m is inverted once
     w, u = split(apply_inverse(transform, jnp.concatenate([main, b.u], axis=1)), (main.shape[1], b.rank), axis=1)
-    if b.cws is not None:
-        at = b.columns("cws")
-        w = w - (u[:, at] * b.cws[None, :]) @ b.v[at]
-    return Unrounded([w, *side], dataclasses.replace(b, u=u))
+    b = dataclasses.replace(b, u=u)
+    return Unrounded([w - b.cws_product(), *side], b)
 
 
 def round_weights(site: TrainableSplit) -> RoundedSplit:

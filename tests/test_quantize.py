@@ -13,7 +13,9 @@ from splitq_jax.mocd import SplitSize
 from splitq_jax.numerics import gaussian_clip
 from splitq_jax.quantization import kernels, layer_columns, match, prepare, summarize
 from splitq_jax.rounding import gptq
-from splitq_jax.site import learnable, with_learnable
+from splitq_jax.site import learnable, split, with_learnable
+from splitq_jax.transforms import apply as apply_transform
+from splitq_jax.transforms import apply_inverse
 
 D, N, TEXT_FROM = 64, 96, 150
 PATH = "decoder/blocks_0/down"
@@ -226,6 +228,23 @@ def test_gptq_repairs_a_site_of_several_groups(params):
         quantized = sq.quantize(params, stats, recipe.replace(rounding=rounding))
         errors.append(relative_error(apply(quantized, x), exact))
     assert errors[1] < 0.5 * errors[0], errors
+
+
+def test_gptq_repairs_what_cws_loses(params, stats):
+    """The codes are those of all that the rounded branch leaves of the weight, ``P^-1 W - Q(U) G Q(V)``."""
+    recipe = recipes.splitq("w4a8").replace(split=SPLIT, rounding="gptq", cws_start=0.7)
+    site = kernels(prepare(params, stats, recipe))[PATH]
+    frozen = kernels(sq.freeze(prepare(params, stats, recipe), recipe))[PATH]
+    transforms, b = [g.transform for g in site.groups], frozen.branches
+    parts = [apply_inverse(t, w) for t, w in zip(transforms, split(site.w[site.perm], site.sizes, 0), strict=True)]
+    at = b.columns("cws")
+    parts[0] -= (b.u.decode()[:, at] * b.cws[None, :]) @ b.v.decode()[at]
+    p = jax.scipy.linalg.block_diag(*(apply_transform(t, jnp.eye(n)) for t, n in zip(transforms, site.sizes, strict=True)))
+    hessian = p.T @ site.gram[site.perm][:, site.perm] @ p
+    expected = gptq(parts, hessian, [4, 4, 4], [jax.nn.sigmoid(g.w_clip) for g in site.groups])
+    for group, codes in zip(frozen.groups, expected, strict=True):
+        # one code of a tie moves those that follow
+        assert (group.w.codes() != codes.codes()).mean() < 0.01
 
 
 def test_low_rank_factors_are_the_truncated_svd(params):
