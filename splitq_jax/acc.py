@@ -8,7 +8,8 @@ changes a scale and no code, ``Q(V_*) = G_* Q(V)``, and one pair of factors, rou
 ``X U diag(g_s) V + D U diag(g_c) V = (X U g_s + D U g_c) V``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -98,8 +99,13 @@ def svd_factors(
 def _leading(w: Float[Array, "K N"], rank: int) -> tuple[Float[Array, "K r"], Float[Array, "r N"]]:
     # LAPACK through numpy: XLA's CPU decomposition takes seconds a layer
     shapes = (jax.ShapeDtypeStruct((w.shape[0], rank), jnp.float32), jax.ShapeDtypeStruct((rank, w.shape[1]), jnp.float32))
-    u, v = jax.pure_callback(lambda m: _svd(np.asarray(m), rank), shapes, w)
+    u, v = jax.pure_callback(_on_host(rank), shapes, w)
     return u, v
+
+
+@cache  # JAX compiles a call for each function that it has not seen
+def _on_host(rank: int) -> Callable[[Array], tuple[Float[np.ndarray, "K r"], Float[np.ndarray, "r N"]]]:
+    return lambda m: _svd(np.asarray(m), rank)
 
 
 def _svd(w: Float[np.ndarray, "K N"], rank: int) -> tuple[Float[np.ndarray, "K r"], Float[np.ndarray, "r N"]]:

@@ -391,7 +391,7 @@ def _layers(params: Any, errors: Mapping[str, float]) -> Table:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``splitq demo``."""
-    flags = ("out", "scheme", "method", "effort", "limit", "size", "samples", "seed", "model_seed", "base")
+    flags = ("out", "scheme", "method", "effort", "rounding", "limit", "size", "samples", "seed", "model_seed", "base")
     add_fields(parser, DemoConfig, flags)
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
     parser.set_defaults(run=lambda options: run_demo(DemoConfig(**given(options, DemoConfig))))

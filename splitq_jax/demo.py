@@ -25,7 +25,7 @@ from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, output_folder, progress_bar
 from splitq_jax.pipeline import CHANNELS, Outcome, Params, Setup, channels_of, keep_freed_memory, quantized, result_row
 from splitq_jax.quantization import kernels
-from splitq_jax.recipe import Recipe
+from splitq_jax.recipe import Recipe, Rounding
 
 BASELINES = ("rtn", "smoothquant", "flatquant", "random-channels")
 SHOWN_SITES = ("qkv", "down")
@@ -41,6 +41,7 @@ class DemoConfig:
       scheme: weight and activation bits.
       method: what the checkpoint holds; the baselines are evaluated beside it.
       effort: training of each block.
+      rounding: how the trained methods round weights.
       limit: test questions; 0 for all 9,673.
       size: ``demo`` (8 blocks) or ``smolvlm`` (30).
       samples: calibration images.
@@ -54,6 +55,7 @@ class DemoConfig:
     scheme: str = "w3a3"  # where the methods differ visibly
     method: str = "splitq"
     effort: str = "light"
+    rounding: Rounding = "nearest"
     limit: int = 150  # one batch: more of them cost as much again
     size: str = "demo"
     samples: int = 128
@@ -71,6 +73,7 @@ def run(config: DemoConfig) -> Path:
     """
     names = [n for n in (*BASELINES, config.method) if n != config.method] + [config.method]
     chosen = [recipe.named(name, config.scheme).replace(seed=config.seed) for name in names]
+    chosen = [part.replace(rounding=config.rounding) if part.train else part for part in chosen]
     if config.effort not in EFFORTS:
         raise InputError(f"--effort {config.effort!r}: expected one of {', '.join(EFFORTS)}")
     keep_freed_memory()
@@ -176,7 +179,7 @@ def shown_channels(stats: dict[str, SiteStats], params: Params) -> list[evaluati
 def facts(config: DemoConfig, seconds: float) -> dict[str, Any]:
     """Return what is needed to do it again."""
     command = f"splitq demo --size {config.size} --scheme {config.scheme} --method {config.method} --effort {config.effort}"
-    command += f" --samples {config.samples} --seed {config.seed} --limit {config.limit}"
+    command += f" --rounding {config.rounding} --samples {config.samples} --seed {config.seed} --limit {config.limit}"
     return {
         "model": f"SmolLM2-135M-Instruct, {demo_model.SIZES[config.size]} blocks, with an image encoder trained on easy-VQA",
         "data": "easy-VQA, test split",

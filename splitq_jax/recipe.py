@@ -12,6 +12,7 @@ from splitq_jax.numerics import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, check_
 
 TransformKind = Literal["kron", "none", "diag", "hadamard", "dense"]
 MacTokens = Literal["text", "vision", "both"]
+Rounding = Literal["nearest", "gptq"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Recipe:
       svd_per: one SVD a site or one a layer.
       cws_start, mac_start: start of G's diagonal for ``gated`` (and the scale of V for ``free``). 0 is a branch that is not there yet. CWS
         takes its product out of the main weight: at 1 its 4-bit factors lose more than that saves. MAC may as well start at 1.
-      rounding: ``nearest`` or ``gptq`` (needs statistics collected with ``gram=True``).
+      rounding: of weights: ``nearest``, or ``gptq``, which repairs each row's error in the rows after it, over all groups of a site, and what
+        CWS's factors lose by their own rounding too (needs statistics collected with ``gram=True``).
       train: whether `calib.fit` has anything to learn.
       vision: the vision tower's scheme, or ``float``. It has one modality, so it gets neither split nor branches.
       sites: patterns of what is quantized; one that matches nothing is an error.
@@ -64,7 +66,7 @@ class Recipe:
     svd_per: Literal["site", "layer"] = "site"
     cws_start: float = 0.0
     mac_start: float = 0.0
-    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding: Rounding = "nearest"
     train: bool = True
     vision: str = "float"
     sites: tuple[str, ...] = ("decoder/blocks_*/*",)
@@ -85,7 +87,7 @@ class Recipe:
             ("mac", self.mac, BRANCHES),
             ("mac_tokens", self.mac_tokens, get_args(MacTokens)),
             ("svd_per", self.svd_per, ("site", "layer")),
-            ("rounding", self.rounding, ("nearest", "gptq")),
+            ("rounding", self.rounding, get_args(Rounding)),
         ):
             if value not in allowed:
                 raise InputError(f"recipe: {name}={value!r}; expected one of {', '.join(allowed)}")

@@ -103,8 +103,9 @@ def test_sites_that_lack_parts(backend, which):
     side = 0 if which in ("no side groups", "nothing") else 64
     cws, mac = {"no cws": (0, 32), "no mac": (32, 0), "no branches": (0, 0), "nothing": (0, 0)}.get(which, (48, 32))
     w = site_of(4, 1024, 136, (4, 4), side=side, ranks=(cws, mac), apart=which == "factors of their own")
-    a = given_operands(4, 20, w)
-    assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
+    if backend != "gpu":  # whose form for few tokens, below, is its quantizer and this product
+        a = given_operands(4, 20, w)
+        assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
     # and from tokens: the two forms are one function
     x, text = tokens_of(4, 3, 1024), mask_of("mixed", 3)  # the GPU's interpreter takes long for each
     prepared = run(api.quantize_activations, x, w, text, backend=backend)
