@@ -23,6 +23,10 @@ NAMES = {
     "splitq,side_bits=8": "SplitQ, 8-bit side groups",
     "splitq,mac_tokens=vision": "SplitQ, MAC on vision tokens",
     "splitq-fixed": "SplitQ, fixed factors",
+    "flatquant,rounding=gptq": "FlatQuant, GPTQ",
+    "random,rounding=gptq": "FlatQuant + random channels, GPTQ",
+    "mocd,rounding=gptq": "MOCD, GPTQ",
+    "splitq,rounding=gptq": "**SplitQ**, GPTQ",
 }
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
 Rows = list[dict[str, Any]]
