@@ -48,22 +48,24 @@ VIT_6B = {
 DYNAMIC = {"rope_theta": 1e6, "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}}
 
 
-def qwen2_text(width: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+def text(layers: int, width: int, inner: int, heads: int, groups: int, vocabulary: int) -> dict[str, Any]:
     return {
-        "model_type": "qwen2",
+        "num_hidden_layers": layers,
         "hidden_size": width,
         "intermediate_size": inner,
-        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "vocab_size": vocabulary,
-        **more,
     }
 
 
-def internvl(vision: dict[str, Any], *sizes: int, text: str = "qwen2") -> dict[str, Any]:
-    vocabulary = 151674 if text == "qwen2" else 92553
-    decoder = qwen2_text(*sizes, vocabulary, **DYNAMIC) | {"model_type": text}
+def qwen2_text(width: int, inner: int, layers: int, heads: int, groups: int, vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {"model_type": "qwen2", **text(layers, width, inner, heads, groups, vocabulary), **more}
+
+
+def internvl(vision: dict[str, Any], *sizes: int, kind: str = "qwen2") -> dict[str, Any]:
+    vocabulary = 151674 if kind == "qwen2" else 92553
+    decoder = qwen2_text(*sizes, vocabulary, **DYNAMIC) | {"model_type": kind}
     return {"model_type": "internvl", "vision_config": vision, "text_config": decoder, "tie_word_embeddings": False}
 
 
@@ -80,17 +82,6 @@ def gemma3(**text: Any) -> dict[str, Any]:
 def idefics3(scale_factor: int, vision: dict[str, Any], kind: str = "idefics3", **text: Any) -> dict[str, Any]:
     llama = {"model_type": "llama", "architectures": ["VLlama3ForCausalLM"], "rms_norm_eps": 1e-5}
     return {"model_type": kind, "scale_factor": scale_factor, "vision_config": vision, "text_config": llama | text}
-
-
-def text(layers: int, width: int, inner: int, heads: int, groups: int, vocabulary: int) -> dict[str, Any]:
-    return {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": vocabulary,
-    }
 
 
 def qwen2_vl(version: str, decoder: dict[str, Any], tied: bool = False, **vision: Any) -> dict[str, Any]:
@@ -155,10 +146,10 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "llava-onevision-qwen2-7b-ov": (ONEVISION | {"text_config": qwen2_text(3584, 18944, 28, 28, 4, 152064)}, 8030348832),
     "llava-onevision-qwen2-72b-ov": (ONEVISION | {"text_config": qwen2_text(8192, 29568, 80, 64, 8, 152064)}, 73180522016),
-    "InternVL2_5-2B-MPO": (internvl(VIT_300M, 2048, 8192, 24, 16, 8, text="llama"), 2205754368),
+    "InternVL2_5-2B-MPO": (internvl(VIT_300M, 2048, 8192, 24, 16, 8, kind="llama"), 2205754368),
     "InternVL2_5-4B-MPO": (internvl(VIT_300M, 2048, 11008, 36, 16, 2), 3712637952),
-    "InternVL2_5-8B-MPO": (internvl(VIT_300M, 4096, 14336, 32, 32, 8, text="llama"), 8075365376),
-    "InternVL2_5-26B-MPO": (internvl(VIT_6B, 6144, 16384, 48, 48, 8, text="llama"), 25514186112),
+    "InternVL2_5-8B-MPO": (internvl(VIT_300M, 4096, 14336, 32, 32, 8, kind="llama"), 8075365376),
+    "InternVL2_5-26B-MPO": (internvl(VIT_6B, 6144, 16384, 48, 48, 8, kind="llama"), 25514186112),
     "InternVL3-1B": (internvl(VIT_300M, 896, 4864, 24, 14, 2), 938193024),
     "InternVL3-2B": (internvl(VIT_300M, 1536, 8960, 28, 12, 2), 2088957440),
     "InternVL3-8B": (internvl(VIT_300M, 3584, 18944, 28, 28, 4), 7944373760),

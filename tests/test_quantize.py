@@ -233,8 +233,8 @@ def test_gptq_repairs_a_site_of_several_groups(params):
 def test_gptq_repairs_what_cws_loses(params, stats):
     """The codes are those of all that the rounded branch leaves of the weight, ``P^-1 W - Q(U) G Q(V)``."""
     recipe = recipes.splitq("w4a8").replace(split=SPLIT, rounding="gptq", cws_start=0.7)
-    site = kernels(prepare(params, stats, recipe))[PATH]
-    frozen = kernels(sq.freeze(prepare(params, stats, recipe), recipe))[PATH]
+    prepared = prepare(params, stats, recipe)
+    site, frozen = kernels(prepared)[PATH], kernels(sq.freeze(prepared, recipe))[PATH]
     transforms, b = [g.transform for g in site.groups], frozen.branches
     parts = [apply_inverse(t, w) for t, w in zip(transforms, split(site.w[site.perm], site.sizes, 0), strict=True)]
     at = b.columns("cws")
