@@ -1,5 +1,7 @@
 """The kernels in the hands of the real TPU compiler: they compile at the shapes of real models, in the mode that is stated."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -73,8 +75,30 @@ def test_quantizing_tokens(chip, bits):
     def quantize(x, w, is_text):
         return tpu.quantize_activations(x, w, is_text, interpret=False)
 
-    _, program = compile_for(chip, quantize, array((512, w.shape[0]), "bfloat16"), w, array((512,), "bool"))
+    args = (array((512, w.shape[0]), "bfloat16"), w, array((512,), "bool"))
+    with jax.default_matmul_precision("default"):
+        compiled, program = compile_for(chip, quantize, *args)
+    assert products(program) == {"bf16"}
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2**20  # XLA turns no tokens around
+    # asked for products in float32, XLA transforms
+    _, program = compile_for(chip, quantize, *args)
     assert products(program) == {operand_of(chip, bits[1])}
+
+
+@pytest.mark.parametrize(
+    ("chip", "width", "in_order"), [("v6e", 11008, False), ("v5e", 18944, True), ("tpu7x", 4096, False)], ids=str
+)
+def test_quantizing_many_tokens(chip, width, in_order):
+    """Segments that fill tiles and that do not, picked and in order."""
+    w = site(width, 128, (4, 8))
+    w = replace(w, perm=None) if in_order else w
+
+    def quantize(x, w, is_text):
+        return tpu.quantize_activations(x, w, is_text, interpret=False)
+
+    with jax.default_matmul_precision("default"):
+        _, program = compile_for(chip, quantize, array((512, width), "bfloat16"), w, array((512,), "bool"))
+    assert products(program) == {"bf16"}
 
 
 @pytest.mark.parametrize("bits", [4, 3])

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from splitq_jax.kernels import tiles
+from splitq_jax.kernels import tiles, tpu_prefill
 from splitq_jax.kernels.operands import Activations, gate_scales, keeps_floats, segments, side_width, transformed, widen
 from splitq_jax.kernels.tpu_matmul import Filler, Side, matmul
 from splitq_jax.kernels.tpu_quantizer import body, fill, picked, plan_of
@@ -55,14 +55,19 @@ def _refuses_matrix(w: QTensor) -> str | None:
 def quantize_activations(
     x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None, *, interpret: bool
 ) -> Activations:
-    """See `api.quantize_activations`; XLA transforms, one kernel does the rest."""
+    """See `api.quantize_activations`; one kernel does it all, or XLA transforms and one kernel does the rest."""
     if keeps_floats(w):
         return _float_activations(x, w)
     given, w = w, _tiled_site(w)
+    if whole := tpu_prefill.plan_of(x, w, interpret):
+        a = tpu_prefill.quantize_activations(whole, x, w, is_text, interpret=interpret)
+        return Activations(a.values[:, : given.groups[0].w.padded_rows], a.scale, _reseat(a.side, w, given))
     main, r = w.groups[0].w, side_width(w)
     plan, by_token, others = plan_of(x, w, is_text)
     tokens = x.shape[0]
     rows = min(tiles.up(tokens, 32), 256)
+    while rows > 32 and 16 * rows * w.shape[0] > tiles.chip().vmem:  # tokens twice, codes and what they leave
+        rows //= 2
     padded = tiles.up(tokens, rows)
     by_token = [pad_rows(a, padded) for a in by_token]
     outs = [

@@ -118,7 +118,7 @@ def _encode(x: Float[Array, "M K"], bits: int, clip: Float[Array, "1 2"] | None)
         low = jnp.maximum(-jnp.min(x, axis=1, keepdims=True), 0.0)
         absmax = jnp.maximum(clip[:, 0:1] * high, clip[:, 1:2] * low)
     step = absmax / top
-    step = jnp.where(step > TINY, step, 1.0)
+    step = jnp.where(step <= TINY, 1.0, step)
     # one division a token instead of one a channel: a quotient may come out a rounding away, which moves exact ties only
     return jnp.clip(jnp.round(x * (1.0 / step)), -top - 1, top), step
 

@@ -33,6 +33,8 @@ def dot(x: Array, w: Array, interpret: bool) -> Array:
     """Multiply, accumulated in int32 or float32, whatever precision the user asks of JAX's own products."""
     if x.dtype == jnp.int4 and interpret:  # XLA on CPU has no product of int4
         x, w = x.astype(jnp.int8), w.astype(jnp.int8)
+    elif x.dtype == jnp.bfloat16 and interpret:  # nor all of bfloat16's
+        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     wide = jnp.int32 if jnp.issubdtype(x.dtype, jnp.integer) else jnp.float32
     # operands are what the MXU takes: asked for more ("highest"), the compiler refuses integers and bfloat16
     precision = jax.lax.Precision.DEFAULT
