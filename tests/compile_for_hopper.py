@@ -138,10 +138,10 @@ def main() -> int:
         entry = program[program.index("ENTRY") :]
         return {"kernels": found, "fusions": len(re.findall(r" fusion\(", entry))}
 
-    def compile_step(over: int) -> dict:
+    def compile_step(over: int, blocks: int) -> dict:
         """One token a row through quantized blocks of a 7B model, their output channels shared by ``over`` GPUs."""
         mesh = Mesh(np.array(devices(over)), ("tensor",), axis_types=(AxisType.Auto,))
-        model, params, state = decoder_step()
+        model, params, state = decoder_step(blocks)
 
         def placed(leaf, place):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
@@ -168,7 +168,7 @@ def main() -> int:
     out = {}
     for case in sys.argv[1:]:
         if case.startswith("step"):
-            out[case] = compile_step(int(case.split()[1]))
+            out[case] = compile_step(*map(int, case.split()[1:]))
             continue
         kind, *name, m = case.split()
         if kind == "quantize":

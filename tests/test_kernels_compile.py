@@ -130,9 +130,10 @@ def test_tiles_fit(chip):
 
 
 @pytest.mark.parametrize("over", [1, 4])
-def test_decoder_step(over):
+@pytest.mark.parametrize("blocks", [2, 32], ids="{}blocks".format)
+def test_decoder_step(blocks, over):
     """One token a row through quantized blocks of a 7B model, on one device and cut over four: the kernels are inside."""
-    model, params, state = decoder_step()
+    model, params, state = decoder_step(blocks)
     args = (params, state, array((1,), "int32"), array((), "int32"))
     mesh = jax.make_mesh((over,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:over])
     whole = jax.tree.map(lambda _: PartitionSpec(), args[1:])
