@@ -10,8 +10,9 @@ import pytest
 import tpu_targets
 from kernel_reference import mask_of, numpy_matrix, site_of, tokens_of
 
-from splitq_jax.kernels import reference, tiles, tpu, tpu_prefill
+from splitq_jax.kernels import reference, tiles, tpu
 from splitq_jax.kernels.operands import gate_scales, segments
+from splitq_jax.kernels.tpu_prefill_plan import plan_of
 from splitq_jax.qtensor import quantize_matrix
 from splitq_jax.transforms import Transform
 
@@ -45,7 +46,7 @@ def test_quantizer_of_many_tokens(name):
     count, mask, site = SITES[name]
     w, text = site(), mask_of(mask, count)
     x = tokens_of(0, count, w.shape[0])
-    assert tpu_prefill.plan_of(x, w, interpret=True) is not None
+    assert plan_of(x, w, interpret=True) is not None
     expected = jax.jit(reference.quantize_activations)(x, w, text)
     got = jax.jit(partial(tpu.quantize_activations, interpret=True))(x, w, text)
     rows = w.groups[0].w.rows
@@ -87,17 +88,17 @@ def test_channels_outside_their_windows_are_not_silently_wrong():
 def test_what_is_planned():
     w = site_of(0, 576, 24, (4, 4), side=16)
     x = tokens_of(0, 70, 576)
-    assert tpu_prefill.plan_of(x, w, interpret=True)
-    assert not tpu_prefill.plan_of(x[:64], w, interpret=True)
-    assert not tpu_prefill.plan_of(x.astype(jnp.float32), w, interpret=True)
+    assert plan_of(x, w, interpret=True)
+    assert not plan_of(x[:64], w, interpret=True)
+    assert not plan_of(x.astype(jnp.float32), w, interpret=True)
     with jax.default_matmul_precision("float32"):  # the user wants what the kernel's bfloat16 would not give
-        assert not tpu_prefill.plan_of(x, w, interpret=False)
+        assert not plan_of(x, w, interpret=False)
     dense = replace(w.groups[0], transform=Transform(None, None, jnp.eye(544)))
-    assert not tpu_prefill.plan_of(x, replace(w, groups=(dense, *w.groups[1:])), interpret=True)
+    assert not plan_of(x, replace(w, groups=(dense, *w.groups[1:])), interpret=True)
     planned = set()
     for width in (576, 2048, 3584, 4096, 8192, 11008, 18944, 29568):
         for site in (tpu_targets.site(width, 64, (4, 4)), in_order(tpu_targets.site(width, 64, (4, 4)))):
-            plan = tpu_prefill.plan_of(tpu_targets.array((2048, width), "bfloat16"), site, interpret=True)
+            plan = plan_of(tpu_targets.array((2048, width), "bfloat16"), site, interpret=True)
             if plan is not None:
                 planned.add((width, site.perm is None))
                 assert plan.window % tiles.LANES == 0 and plan.window <= plan.lanes

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float
 
-from splitq_jax.kernels import tiles, tpu_prefill
+from splitq_jax.kernels import tiles, tpu_prefill, tpu_prefill_plan
 from splitq_jax.kernels.operands import Activations, gate_scales, keeps_floats, segments, side_width, transformed, widen
 from splitq_jax.kernels.tpu_matmul import Filler, Side, matmul
 from splitq_jax.kernels.tpu_quantizer import body, fill, picked, plan_of
@@ -59,7 +59,7 @@ def quantize_activations(
     if keeps_floats(w):
         return _float_activations(x, w)
     given, w = w, _tiled_site(w)
-    if whole := tpu_prefill.plan_of(x, w, interpret):
+    if whole := tpu_prefill_plan.plan_of(x, w, interpret):
         a = tpu_prefill.quantize_activations(whole, x, w, is_text, interpret=interpret)
         return Activations(a.values[:, : given.groups[0].w.padded_rows], a.scale, _reseat(a.side, w, given))
     main, r = w.groups[0].w, side_width(w)

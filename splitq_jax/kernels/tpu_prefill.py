@@ -1,7 +1,7 @@
 """Many tokens on TPU: one kernel picks their channels, transforms them and makes codes, steps and the narrow operand.
 
 XLA picks lanes by turning all tokens around, and turns them again between a Kronecker product's factors; `tpu_prefill_kernel` does it in
-VMEM. What it needs to know is planned here.
+VMEM. What it knows and keeps is in `tpu_prefill_plan`.
 """
 
 from functools import partial
@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, Bool, Float
 
 from splitq_jax.kernels import tiles
 from splitq_jax.kernels.operands import Activations, gate_scales, mac_mask, side_width
-from splitq_jax.kernels.tiles import LANES, up
-from splitq_jax.kernels.tpu_prefill_kernel import ROWS, Given, Kept, Narrow, Plan, Side, run
+from splitq_jax.kernels.tiles import up
+from splitq_jax.kernels.tpu_prefill_kernel import Given, Side, run
+from splitq_jax.kernels.tpu_prefill_plan import ROWS, Plan, kept
 from splitq_jax.kernels.tpu_words import stored_type
 from splitq_jax.transforms import apply
 
@@ -24,96 +25,6 @@ if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
 else:
     SplitWeight = Any
-
-MXU = 256  # rows of what it holds
-FEW = LANES // 2  # tokens that leave half of the lanes empty
-
-
-def plan_of(x: Float[Array, "M D"], w: SplitWeight, interpret: bool) -> Plan | None:
-    """Return the plan, None where XLA has to transform.
-
-    That is for few tokens, for float32 or where the user asks for products in float32, for dense transforms of many channels, and where
-    VMEM does not hold it all.
-    """
-    main, t, b = w.groups[0], w.groups[0].transform, w.branches
-    asked: str | None = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    exact = asked not in {None, "default", "bfloat16", "fastest"} and not interpret
-    if x.shape[0] <= FEW or x.dtype != jnp.bfloat16 or exact:
-        return None
-    channels, width = main.w.rows, x.shape[1]
-    n2 = LANES if t.p2 is None else t.p2.shape[0]
-    if t.p1 is None and n2 > MXU:
-        return None
-    n1, picks, lanes = -(-channels // n2), w.perm is not None, up(width, LANES)
-
-    def window(together: int) -> int:
-        # the channels are ascending; a product of whole tiles begins where one does
-        reach = together * n2 + (width - channels if picks else 0) + (0 if together * n2 % LANES == 0 else LANES - 1)
-        return min(up(reach, LANES), lanes)
-
-    def cost(together: int) -> int:
-        # few rows take as long as it takes to load the MXU
-        return -(-n1 // together) * -(-window(together) // MXU) * max(together * up(n2, ROWS), LANES)
-
-    together = min(range(1, max(1, min(MXU // n2, n1)) + 1), key=cost)
-    sides, at = [], 0
-    for g in w.groups[1:]:
-        sides.append(Narrow(g.w.rows, at, g.a_bits))
-        at += g.w.padded_rows
-    for tokens in (2 * LANES, LANES):
-        plan = Plan(
-            tokens=tokens,
-            lanes=lanes,
-            channels=channels,
-            padded=main.w.padded_rows,
-            bits=main.a_bits,
-            n1=n1,
-            n2=n2,
-            mixes=t.p1 is not None,
-            together=together,
-            window=window(together),
-            sides=tuple(sides),
-            side_start=0 if picks else channels // LANES * LANES,
-            rank=0 if b is None else b.rank,
-            u_bits=0 if b is None else b.u.bits,
-            residual_bits=w.residual_bits,
-            at=at,
-        )
-        if _memory(plan, side_width(w)) <= tiles.chip().vmem:
-            return plan
-    return None
-
-
-def _kept(plan: Plan, operand: DTypeLike) -> Kept:
-    """Return what the kernel keeps, transforms as ``operand``."""
-    halves, all_rows = plan.tokens // LANES, plan.rows - ROWS
-    mixed = ROWS * (plan.n1 if plan.mixes else 1)
-    segments = plan.products * plan.picked_rows if plan.mixes else ROWS
-    rank = up(max(plan.rank, 1), 16)
-    return Kept(
-        turned=pltpu.VMEM((plan.lanes, plan.tokens), jnp.bfloat16),
-        picks=pltpu.VMEM((plan.products, plan.picked_rows, plan.window), operand),
-        p1=pltpu.VMEM((mixed, mixed), operand),
-        u=pltpu.VMEM((rank, all_rows), jnp.bfloat16),
-        segments=pltpu.VMEM((halves, segments, LANES), jnp.float32),
-        channels=pltpu.VMEM((halves, plan.rows, LANES), jnp.float32),
-        codes=pltpu.VMEM((all_rows if plan.rank else 16, plan.tokens), jnp.bfloat16),
-        narrow=pltpu.VMEM((rank, plan.tokens), jnp.float32),
-    )
-
-
-def _memory(plan: Plan, width: int) -> int:
-    """Return bytes of VMEM: what is kept, and a step's operands twice, one in use, one on its way."""
-    kept = 0
-    for array in _kept(plan, jnp.bfloat16):
-        *others, rows, columns = array.shape
-        size = up(rows, ROWS) * up(columns, LANES) * jnp.dtype(array.dtype).itemsize
-        for n in others:
-            size *= n
-        kept += size
-    moved = plan.tokens * (2 * plan.lanes + plan.padded + 2 * width + 4 * LANES)
-    # the rest is the compiler's: products before they are stored
-    return kept + 2 * moved + 4 * plan.tokens * 4 * MXU + 8 * tiles.MIB
 
 
 def quantize_activations(
@@ -143,7 +54,7 @@ def quantize_activations(
         grid=(steps,),
         in_specs=[specs],
         out_specs=[jax.tree.map(lambda o: pl.BlockSpec((plan.tokens, o.shape[1]), lambda i: (i, 0)), out)],
-        scratch_shapes=[_kept(plan, operand)],
+        scratch_shapes=[kept(plan, operand)],
         # in order: the first step makes what all use
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.chip().vmem),
         interpret=interpret,

@@ -19,76 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from splitq_jax.kernels.operands import Activations
 from splitq_jax.kernels.tiles import LANES, up
+from splitq_jax.kernels.tpu_prefill_plan import ROWS, Kept, Plan
 from splitq_jax.kernels.tpu_quantizer import TINY
 from splitq_jax.kernels.tpu_words import dot, expand
 
-ROWS = 8  # of a tile
 SOUGHT = 512  # channels among which the side groups' are looked for at a time
 SHIFT, SHIFT_BITS = 1.5 * 2**23, 0x4B400000  # a float32 whose last bit is worth 1
-
-
-class Narrow(NamedTuple):
-    """One side group: its channels, where its columns of ``side`` begin, and the bits of its codes."""
-
-    size: int
-    at: int
-    bits: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the kernel knows.
-
-    Attributes:
-      tokens: of a step, a multiple of the lanes of a tile.
-      lanes: of a token, in whole tiles.
-      channels: of the main group.
-      padded: columns of its codes.
-      bits: of its codes.
-      n1: segments.
-      n2: channels of a segment.
-      mixes: whether there is a P1; without it the last segment may be shorter.
-      together: segments of one product.
-      window: channels of a token that such a product reads.
-      sides: the side groups.
-      side_start: the first channel that may be one of theirs.
-      rank: columns of U, 0 without branches.
-      u_bits: of U's codes.
-      residual_bits: of MAC's residual.
-      at: where U's columns of ``side`` begin.
-    """
-
-    tokens: int
-    lanes: int
-    channels: int
-    padded: int
-    bits: int
-    n1: int
-    n2: int
-    mixes: bool
-    together: int
-    window: int
-    sides: tuple[Narrow, ...]
-    side_start: int
-    rank: int
-    u_bits: int
-    residual_bits: int
-    at: int
-
-    @property
-    def products(self) -> int:
-        """Products that pick all segments."""
-        return -(-self.n1 // self.together)
-
-    @property
-    def picked_rows(self) -> int:
-        """Rows of one of them, each segment in whole tiles."""
-        return self.together * up(self.n2, ROWS)
-
-    @property
-    def rows(self) -> int:
-        """Rows of all transformed channels, and of what padding their last tile may spill."""
-        return up(max(self.channels, 0 if self.mixes else self.products * self.picked_rows), LANES) + ROWS
 
 
 class Side(NamedTuple):
@@ -128,30 +64,6 @@ class Given(NamedTuple):
     u: Any
     cws: Any
     mac: Any
-
-
-class Kept(NamedTuple):
-    """What the kernel keeps in VMEM.
-
-    Attributes:
-      turned: tokens in lanes.
-      picks: what picks and transforms some segments each.
-      p1: ``P1^T (x) I_8``.
-      u: U's codes, turned.
-      segments: main channels after P2, a tile's lanes at a time; segments fill whole tiles.
-      channels: main channels after P1, close by; then what their codes leave of them.
-      codes: of the main channels, then of what they leave.
-      narrow: the branches' share of ``side``, turned.
-    """
-
-    turned: Any
-    picks: Any
-    p1: Any
-    u: Any
-    segments: Any
-    channels: Any
-    codes: Any
-    narrow: Any
 
 
 def run(plan: Plan, interpret: bool, given: Given, out: Activations, kept: Kept) -> None:
@@ -199,7 +111,7 @@ class _Quantizer:
         def pick(g: Any) -> None:
             where = given.perm[g] - self.start(g)
             missed = ((where < 0) | (where >= plan.window)) & (given.perm[g] >= 0)
-            # a channel outside its window, which the site does not promise, is never silently wrong
+            # the site promises ascending channels; one outside its window must not be left out in silence
             scaled = given.p2[...] * jnp.where(missed, jnp.nan, given.d[g])
             kept.picks[g] = self.dot(scaled, jnp.where(lane == where, 1.0, 0.0).T).astype(kept.picks.dtype)
 
