@@ -118,7 +118,7 @@ def plan_of(x: Float[Array, "M D"], w: SplitWeight, interpret: bool) -> Plan | N
     for g in w.groups[1:]:
         sides.append(Narrow(g.w.rows, at, g.a_bits))
         at += g.w.padded_rows
-    for tokens in (2 * LANES, LANES):
+    for tokens in (2 * LANES, LANES) if x.shape[0] > LANES else (LANES,):
         plan = Plan(
             tokens=tokens,
             lanes=lanes,
