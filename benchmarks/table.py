@@ -26,6 +26,7 @@ NAMES = {
     "flatquant,rounding=gptq": "FlatQuant, GPTQ",
     "random,rounding=gptq": "FlatQuant + random channels, GPTQ",
     "mocd,rounding=gptq": "MOCD, GPTQ",
+    "mocd+cws,rounding=gptq": "MOCD + CWS, GPTQ",
     "splitq,rounding=gptq": "**SplitQ**, GPTQ",
 }
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
