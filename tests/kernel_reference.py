@@ -1,5 +1,6 @@
 """Products in float64 numpy, which reads packed words itself, and the sites and tokens that the kernels' tests draw."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -85,6 +86,16 @@ def assert_close(got, expected, magnitude, dtype):
     assert (excess <= 0).all(), f"{(excess > 0).mean():.1%} of the entries; worst {excess.max():.3g}"
 
 
+def codes_off(got: operands.Activations, expected: operands.Activations, main: QTensor, rtol: float, share: float) -> np.ndarray:
+    """Codes of the main group less those expected: one at most, of a ``share`` at most, next to ties; its padding is zeros."""
+    np.testing.assert_allclose(got.scale, expected.scale, rtol=rtol)
+    codes = np.asarray(got.values, np.int64)
+    off = codes[:, : main.rows] - np.asarray(expected.values, np.int64)[:, : main.rows]
+    assert codes.shape[1] == main.padded_rows and not codes[:, main.rows :].any()
+    assert np.abs(off).max() <= 1 and (off != 0).mean() < share
+    return off
+
+
 def run(function, *args, **options):
     """Call a public function inside jit."""
     return jax.jit(lambda *a: function(*a, **options))(*args)
@@ -164,6 +175,10 @@ def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), apart=False,
         main, others = np.split(rng.permutation(width), [sizes[0]])
         perm = jnp.asarray(np.concatenate([np.sort(main), others]), jnp.int32)
     return SplitWeight(perm, groups, branches, "text", side_a)
+
+
+def without_clips(w: SplitWeight) -> SplitWeight:
+    return replace(w, groups=tuple(replace(g, a_clip=None) for g in w.groups))
 
 
 def tokens_of(seed, count, width, dtype=jnp.bfloat16):

@@ -250,7 +250,7 @@ def test_every_kind_of_tile(name):
         assert_close(got, value, magnitude, dtype)
 
 
-STEPS = ["step 1 32", "step 4 32"]  # a decoder step on so many GPUs, through so many blocks
+STEPS = ["step 1 2", "step 4 2", "step 1 32", "step 4 32"]  # a decoder step on so many GPUs, through so many blocks
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +321,7 @@ def test_a_decoder_step_compiled_for_hopper(compiled, case):
     got, (over, blocks) = compiled[case], map(int, case.split()[1:])
     assert got["sites"] == 4 * blocks
     assert got["kernels"] == 3 * got["sites"]  # of each site: quantizer, product with U, product
-    # shared, XLA lays the caches of some blocks out anew at a time: one eighth of them
-    assert got["temporary"] < (2 * got["weight"] if over == 1 else got["caches"] / 6)
+    assert 2 * got["weight"] < got["caches"]
+    # shared and many, XLA lays the caches of some blocks out anew at a time: one eighth of them
+    assert got["temporary"] < (got["caches"] / 6 if (over, blocks) == (4, 32) else 2 * got["weight"])
     assert (got["moved"] > 0) == (over > 1) and got["moved"] <= 16 * 11008

@@ -1,6 +1,5 @@
 """The GPU's quantizer of few tokens, interpreted, beside the reference; what the compiler makes of it is in `test_kernels_gpu`."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_targets
-from kernel_reference import mask_of, numpy_matrix, site_of, tokens_of
+from kernel_reference import codes_off, mask_of, numpy_matrix, site_of, tokens_of, without_clips
 
 from splitq_jax.kernels import gpu, gpu_quantizer, reference
 from splitq_jax.kernels.operands import gate_scales, segments
@@ -30,10 +29,6 @@ QUANTIZED = {  # tokens, mask, site
 }
 
 
-def without_clips(w):
-    return replace(w, groups=tuple(replace(g, a_clip=None) for g in w.groups))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_quantizer_of_few_tokens(name):
@@ -45,12 +40,7 @@ def test_quantizer_of_few_tokens(name):
     x = tokens_of(0, count, w.shape[0])
     expected = jax.jit(reference.quantize_activations)(x, w, text)
     got = jax.jit(partial(gpu_quantizer.quantize_activations, interpret=True))(x, laid, text)
-    rows = w.groups[0].w.rows
-    np.testing.assert_allclose(got.scale, expected.scale, rtol=2e-5)
-    codes = np.asarray(got.values, np.int64)
-    off = codes[:, :rows] - np.asarray(expected.values, np.int64)[:, :rows]
-    assert codes.shape[1] == laid.groups[0].w.padded_rows and not codes[:, rows:].any()
-    assert np.abs(off).max() <= 1 and (off != 0).mean() < 1e-3
+    off = codes_off(got, expected, laid.groups[0].w, rtol=2e-5, share=1e-3)
     if not segments(w):
         assert got.side is None
         return

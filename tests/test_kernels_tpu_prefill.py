@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_targets
-from kernel_reference import mask_of, numpy_matrix, site_of, tokens_of
+from kernel_reference import codes_off, mask_of, numpy_matrix, site_of, tokens_of, without_clips
 
 from splitq_jax.kernels import reference, tiles, tpu
 from splitq_jax.kernels.operands import gate_scales, segments
@@ -19,10 +19,6 @@ from splitq_jax.transforms import Transform
 
 def in_order(w):
     return replace(w, perm=None)
-
-
-def without_clips(w):
-    return replace(w, groups=tuple(replace(g, a_clip=None) for g in w.groups))
 
 
 def with_wide_factors(w):
@@ -49,12 +45,7 @@ def test_quantizer_of_many_tokens(name):
     assert plan_of(x, w, interpret=True) is not None
     expected = jax.jit(reference.quantize_activations)(x, w, text)
     got = jax.jit(partial(tpu.quantize_activations, interpret=True))(x, w, text)
-    rows = w.groups[0].w.rows
-    np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-6)
-    codes = np.asarray(got.values, np.int64)
-    off = codes[:, :rows] - np.asarray(expected.values, np.int64)[:, :rows]
-    assert codes.shape[1] == w.groups[0].w.padded_rows and not codes[:, rows:].any()
-    assert np.abs(off).max() <= 1 and (off != 0).mean() < 1e-4
+    off = codes_off(got, expected, w.groups[0].w, rtol=1e-6, share=1e-4)
     if not segments(w):
         assert got.side is None
         return
@@ -70,7 +61,7 @@ def test_quantizer_of_many_tokens(name):
             steps = np.asarray(expected.scale, np.float64) * gates
             top = 2 ** (w.residual_bits - 1) - 1
             # of the residual's codes as many as float32 leaves near ties: its error, 1e-6 of `top` steps, in steps of half of 1 / top
-            differ = 2 + rows * 2 * 2e-6 * top**2
+            differ = 2 + w.groups[0].w.rows * 2 * 2e-6 * top**2
             slack = slack + 2 * steps * (off != 0).any(1, keepdims=True) + differ * steps / 2 / top
         assert (error > slack).mean() < 1e-3, (error / slack).max()
         at += segment.w.padded_rows

@@ -61,7 +61,12 @@ def quantize_activations(
     given, w = w, _tiled_site(w)
     if whole := tpu_prefill_plan.plan_of(x, w, interpret):
         a = tpu_prefill.quantize_activations(whole, x, w, is_text, interpret=interpret)
-        return Activations(a.values[:, : given.groups[0].w.padded_rows], a.scale, _reseat(a.side, w, given))
+    else:
+        a = _quantized_after_xla(x, w, is_text, interpret)
+    return Activations(a.values[:, : given.groups[0].w.padded_rows], a.scale, _reseat(a.side, w, given))
+
+
+def _quantized_after_xla(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None, interpret: bool) -> Activations:
     main, r = w.groups[0].w, side_width(w)
     plan, by_token, others = plan_of(x, w, is_text)
     tokens = x.shape[0]
@@ -88,8 +93,7 @@ def quantize_activations(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=tiles.chip().vmem),
         interpret=interpret,
     )(*by_token, *others)
-    values, scale, *side = (a[:tokens] for a in (values, scale, *side))
-    return Activations(values[:, : given.groups[0].w.padded_rows], scale, _reseat(side[0], w, given) if r else None)
+    return Activations(values[:tokens], scale[:tokens], side[0][:tokens] if side else None)
 
 
 def _float_activations(x: Float[Array, "M D"], w: SplitWeight) -> Activations:

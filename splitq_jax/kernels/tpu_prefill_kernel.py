@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from splitq_jax.kernels.operands import Activations
 from splitq_jax.kernels.tiles import LANES, up
 from splitq_jax.kernels.tpu_prefill_plan import ROWS, Kept, Plan
-from splitq_jax.kernels.tpu_quantizer import TINY
+from splitq_jax.kernels.tpu_quantizer import step_of
 from splitq_jax.kernels.tpu_words import dot, expand
 
 SOUGHT = 512  # channels among which the side groups' are looked for at a time
@@ -88,7 +88,7 @@ class _Quantizer:
             kept.turned[_tile(i), :] = self.given.x[:, _tile(i)].T
 
         self.each(plan.lanes // LANES, 32, turn)
-        step = _step(self.transform(), plan.bits)
+        step = step_of(self.transform(), plan.bits)
         self.encode(step)
         scale[...] = jnp.broadcast_to(step, (ROWS, plan.tokens)).T[:, :1]
         if side is not None:
@@ -196,7 +196,7 @@ class _Quantizer:
             kept.narrow[...] = dot(kept.u[...], kept.codes[...], self.interpret) * (given.cws[...] * step)
 
         def send_residual() -> None:
-            left_step = _step(jnp.max(most, axis=0, keepdims=True), plan.residual_bits)
+            left_step = step_of(jnp.max(most, axis=0, keepdims=True), plan.residual_bits)
 
             def one(i: Any) -> None:
                 for h in halves:
@@ -232,7 +232,7 @@ class _Quantizer:
         for group, given in zip(plan.sides, self.given.sides, strict=True):
             x = self.dot(given.p[...], found[first : first + given.p.shape[0]])
             first += given.p.shape[0]
-            step = _step(_absmax(_further((_zeros(plan.tokens), _zeros(plan.tokens)), x), given.clip), group.bits)
+            step = step_of(_absmax(_further((_zeros(plan.tokens), _zeros(plan.tokens)), x), given.clip), group.bits)
             decoded = _codes(x, step, group.bits).astype(jnp.float32) * step
             side[:, group.at : group.at + group.size] = decoded.T[:, : group.size].astype(side.dtype)
 
@@ -303,11 +303,6 @@ def _absmax(ends: _Ends, clip: Any) -> Float[Array, "1 T"]:
     """See `numerics.clipped_absmax`."""
     high, low = jnp.max(ends[0], axis=0, keepdims=True), -jnp.min(ends[1], axis=0, keepdims=True)
     return jnp.maximum(high, low) if clip is None else jnp.maximum(high * clip[:, 0:1], low * clip[:, 1:2])
-
-
-def _step(absmax: Float[Array, "1 T"], bits: int) -> Float[Array, "1 T"]:
-    step = absmax / (2.0 ** (bits - 1) - 1)
-    return jnp.where(step <= TINY, 1.0, step)
 
 
 def _codes(x: Float[Array, "K T"], step: Float[Array, "1 T"], bits: int) -> Int[Array, "K T"]:

@@ -108,6 +108,12 @@ def _quantize(plan: Plan, refs: list[Any], tokens: int, interpret: bool) -> tupl
     return codes, step, parts
 
 
+def step_of(absmax: Float[Array, "*B"], bits: int) -> Float[Array, "*B"]:
+    """Return the step of `numerics.scale_of`."""
+    step = absmax / (2.0 ** (bits - 1) - 1)
+    return jnp.where(step <= TINY, 1.0, step)
+
+
 def _encode(x: Float[Array, "M K"], bits: int, clip: Float[Array, "1 2"] | None) -> tuple[Float[Array, "M K"], Float[Array, "M 1"]]:
     """`numerics.scale_of` and `numerics.encode`; the codes stay floats."""
     top = 2.0 ** (bits - 1) - 1
@@ -117,8 +123,7 @@ def _encode(x: Float[Array, "M K"], bits: int, clip: Float[Array, "1 2"] | None)
         high = jnp.maximum(jnp.max(x, axis=1, keepdims=True), 0.0)
         low = jnp.maximum(-jnp.min(x, axis=1, keepdims=True), 0.0)
         absmax = jnp.maximum(clip[:, 0:1] * high, clip[:, 1:2] * low)
-    step = absmax / top
-    step = jnp.where(step <= TINY, 1.0, step)
+    step = step_of(absmax, bits)
     # one division a token instead of one a channel: a quotient may come out a rounding away, which moves exact ties only
     return jnp.clip(jnp.round(x * (1.0 / step)), -top - 1, top), step
 
