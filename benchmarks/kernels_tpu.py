@@ -42,12 +42,14 @@ def load(path: Path) -> Any:
 
 def programs() -> dict[str, tuple[str, Callable[..., Any], list[Any]]]:
     """Return (chip, function, arguments) of every row."""
+    import jax
     import jax.numpy as jnp
 
     sys.path.insert(0, str(ROOT / "tests"))  # shapes of sites
     from tpu_targets import activations, array, matrix, site
 
     from splitq_jax.kernels import tpu
+    from splitq_jax.kernels.operands import dense_sides
     from splitq_jax.numerics import encode, scale_of
     from splitq_jax.qtensor import integer_dot
 
@@ -60,12 +62,12 @@ def programs() -> dict[str, tuple[str, Callable[..., Any], list[Any]]]:
         return product, [array((tokens, K), "bfloat16"), matrix(K, N, bits, group)]
 
     def quantizer(tokens: int, bits: tuple[int, int], split: bool) -> tuple[Callable[..., Any], list[Any]]:
-        w = site(K, N, bits, split)
+        w = jax.eval_shape(dense_sides, site(K, N, bits, split))  # as `native` leaves it
         args = [array((tokens, K), "bfloat16"), w, array((tokens,), "bool")]
         return lambda x, w, m: tpu.quantize_activations(x, w, m, interpret=False), args
 
     def fused(tokens: int, bits: tuple[int, int], split: bool) -> tuple[Callable[..., Any], list[Any]]:
-        w = site(K, N, bits, split)
+        w = jax.eval_shape(dense_sides, site(K, N, bits, split))  # as `native` leaves it
         args = [array((tokens, K), "bfloat16"), w, array((tokens,), "bool")]
         return lambda x, w, m: tpu.decode_matmul(x, w, m, None, dtype=jnp.bfloat16, interpret=False), args
 

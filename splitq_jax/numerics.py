@@ -73,7 +73,9 @@ def scale_of(x: Float[Array, "*B"], bits: Bits, clip: Float[Array, " 2 *C"] | No
     absmax = clipped_absmax(x, clip, axis)
     # on the quotient: a denormal absmax would underflow to a zero step
     step = absmax / top.astype(absmax.dtype)
-    return jnp.where(step <= np.finfo(np.float32).tiny, jnp.ones_like(step), step)  # NaN stays
+    step = jnp.where(step <= np.finfo(np.float32).tiny, jnp.ones_like(step), step)
+    # said apart: a maximum of many leaves NaN out on CPU, and codes cannot hold it
+    return jnp.where(jnp.any(jnp.isnan(x), axis=axis, keepdims=True), jnp.nan, step)
 
 
 def _limits(bits: Bits, dtype: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -345,3 +345,12 @@ def test_gate_and_up_write_in_the_order_in_which_down_reads(bits, devices):
     x, text = tokens_of(3, 9, 72, jnp.float32), mask_of("mixed", 9)
     with jax.set_mesh(mesh):
         np.testing.assert_array_equal(mlp(laid, x, text), mlp(tree, x, text))
+
+
+def test_side_transforms_become_one_matrix_on_accelerators():
+    w = site_of(0, 96, 40, (4, 16), side=8, ranks=(3, 0))
+    laid = native({"down": {"kernel": w}}, "tpu")["down"]["kernel"]
+    assert all(g.transform.d is None and g.transform.p1 is None for g in laid.groups[1:])
+    assert jax.tree.structure(laid.groups[0].transform) == jax.tree.structure(w.groups[0].transform)
+    x = tokens_of(1, 5, 96, jnp.float32)
+    np.testing.assert_allclose(linear(x, laid), linear(x, w), rtol=1e-5, atol=1e-5)

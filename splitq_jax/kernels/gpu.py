@@ -16,17 +16,14 @@ from splitq_jax.kernels import gpu_quantizer, reference
 from splitq_jax.kernels.fragment import PLANES, fragment_step, pack_fragments
 from splitq_jax.kernels.gpu_matmul import matmul, token_tile
 from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands
-from splitq_jax.kernels.operands import Activations, keeps_floats, segments, widen
-from splitq_jax.numerics import in_float32
+from splitq_jax.kernels.operands import Activations, dense_sides, keeps_floats, segments, widen
 from splitq_jax.qtensor import QTensor
-from splitq_jax.transforms import Transform, apply
 
 if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
 else:
     SplitWeight = Any
 
-NARROW = 256  # channels: a matrix of so many rows is read as fast as a kernel starts
 INT8, BFLOAT16 = 4, 2  # elements of a register, by which `QTensor.elements` names the layouts
 
 
@@ -59,9 +56,7 @@ def relayout(w: SplitWeight | QTensor) -> SplitWeight | QTensor:
     if isinstance(w, QTensor):
         return _fragments(w, BFLOAT16, STEP)
     laid = _relayout_site(w)
-    main, *others = laid.groups
-    groups = (main, *(replace(g, transform=_dense(g.transform, g.w.rows)) for g in others))
-    return replace(laid, groups=groups, quantizer=laid.quantizer or gpu_quantizer.lay_out(laid, [g.transform for g in w.groups]))
+    return replace(dense_sides(laid), quantizer=laid.quantizer or gpu_quantizer.lay_out(laid, [g.transform for g in w.groups]))
 
 
 def _relayout_site(w: SplitWeight) -> SplitWeight:
@@ -70,13 +65,6 @@ def _relayout_site(w: SplitWeight) -> SplitWeight:
     groups += [replace(g, w=_fragments(g.w, BFLOAT16, SIDE_STEP)) for g in others]
     branches = None if w.branches is None else replace(w.branches, v=_fragments(w.branches.v, BFLOAT16, SIDE_STEP))
     return replace(w, groups=tuple(groups), branches=branches)
-
-
-@in_float32
-def _dense(t: Transform, size: int) -> Transform:
-    """Return a narrow group's transform as one matrix: for few tokens XLA's kernels cost more than their work."""
-    is_dense = t.d is None and t.p1 is None
-    return t if is_dense or size > NARROW else Transform(None, None, apply(t, jnp.eye(size, dtype=jnp.float32)))
 
 
 def _fragments(w: QTensor, elements: int, step: int) -> QTensor:

@@ -349,7 +349,7 @@ def _encode(
     plgpu.barrier_arrive(memory.met.at[meeting])
     plgpu.barrier_wait(memory.met.at[meeting])
     step = jnp.max(registers.load_vector(memory.absmax.at[meeting], hopper.COLUMNS)) / top
-    step = jnp.where(step > np.finfo(np.float32).tiny, step, 1.0)
+    step = jnp.where(step <= np.finfo(np.float32).tiny, 1.0, step)  # NaN stays
     # one division a token instead of one a channel: a quotient may come out a rounding away, which moves exact ties only
     codes = lax.round(x * (1.0 / step), lax.RoundingMethod.TO_NEAREST_EVEN)
     return jnp.minimum(jnp.maximum(codes, -top - 1), top), step

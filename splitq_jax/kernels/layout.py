@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from splitq_jax.kernels.api import Backend
+from splitq_jax.kernels.operands import dense_sides
 from splitq_jax.linear import SplitWeight
 from splitq_jax.qtensor import QTensor
 
@@ -17,9 +18,10 @@ def native(params: Any, backend: Backend | None = None) -> Any:
 
     The layer before ``down`` writes its channels as ``[C_m | C_t | C_v]`` of ``down``, where none are picked then at run time. GPUs
     read codes in the order of their registers (`splitq_jax.kernels.fragment`), XLA's products read bytes, the TPU's kernels what
-    `freeze` packs. Every backend computes the same from any order, but what is in another one is laid out anew at every product. So
-    `generate` and `evaluate` do it once, as a loop of your own should; checkpoints are for all backends and hold the packed order.
-    What is laid out is a copy, of gate and up on every backend: where memory is short, drop the tree that was given.
+    `freeze` packs; accelerators read each side group's transform as one matrix. Every backend computes the same from any order, but
+    what is in another one is laid out anew at every product. So `generate` and `evaluate` do it once, as a loop of your own should;
+    checkpoints are for all backends and hold the packed order. What is laid out is a copy, of gate and up on every backend: where
+    memory is short, drop the tree that was given.
 
     Args:
       params: a tree of arrays on their devices.
@@ -27,8 +29,6 @@ def native(params: Any, backend: Backend | None = None) -> Any:
     """
     backend = backend or _backend(params)
     params = _folded(params)
-    if backend == "tpu":
-        return params
 
     def is_site(leaf: Any) -> bool:
         return isinstance(leaf, SplitWeight)
@@ -36,6 +36,8 @@ def native(params: Any, backend: Backend | None = None) -> Any:
     def laid(leaf: Any) -> Any:
         if not is_site(leaf):
             return leaf
+        if backend == "tpu":
+            return dense_sides(leaf)
         if backend == "reference":
             return jax.tree.map(_bytes, leaf, is_leaf=lambda part: isinstance(part, QTensor))
         from splitq_jax.kernels import gpu

@@ -6,21 +6,27 @@ gates); ``B``'s rows are ``[W_t; W_v; V]``. So one narrow product in the epilogu
 Accelerators hold both of its operands in bfloat16, as a float model would; the reference holds them in float32.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from splitq_jax.acc import LowRank
-from splitq_jax.numerics import FLOAT_BITS
+from splitq_jax.numerics import FLOAT_BITS, in_float32
 from splitq_jax.qtensor import QTensor
 from splitq_jax.site import served_by_mac, split
-from splitq_jax.transforms import apply
+from splitq_jax.transforms import Transform, apply
 
 if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
 else:
     SplitWeight = Any  # the leaf's module imports the kernels
+
+
+NARROW = 256  # channels: a matrix of so many rows is read as fast as a kernel starts
 
 
 class Activations(NamedTuple):
@@ -64,6 +70,25 @@ def picked(x: Float[Array, "M D"], w: SplitWeight) -> list[Float[Array, "M K"]]:
 def transformed(channels: list[Float[Array, "M K"]], w: SplitWeight) -> list[Float[Array, "M K"]]:
     """Return every group's channels after its transform, float32: widened here, for picking moves half the bytes before."""
     return [apply(g.transform, x_j.astype(jnp.float32)) for g, x_j in zip(w.groups, channels, strict=True)]
+
+
+def dense_sides(w: SplitWeight) -> SplitWeight:
+    """Return the same site with each narrow side group's transform as one matrix: XLA's kernels cost more than their work there."""
+    main, *others = w.groups
+    return replace(w, groups=(main, *(replace(g, transform=_dense(g.transform, g.w.rows)) for g in others)))
+
+
+@in_float32
+@partial(jax.jit, static_argnames="size")
+def _dense(t: Transform, size: int) -> Transform:
+    return t if t.p2 is None or size > NARROW else Transform(None, None, as_matrix(t, size))
+
+
+def as_matrix(t: Transform, size: int) -> Float[Array, "K K"]:
+    """Return ``P``."""
+    if t.p2 is not None and t.p1 is None and t.d is None:
+        return t.p2
+    return apply(t, jnp.eye(size, dtype=jnp.float32))
 
 
 def mac_mask(w: SplitWeight, is_text: Bool[Array, " M"] | None, tokens: int) -> Float[Array, "M 1"]:

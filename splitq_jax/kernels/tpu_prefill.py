@@ -14,12 +14,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from splitq_jax.kernels import tiles
-from splitq_jax.kernels.operands import Activations, gate_scales, mac_mask, side_width
+from splitq_jax.kernels.operands import Activations, as_matrix, gate_scales, mac_mask, side_width
 from splitq_jax.kernels.tiles import up
 from splitq_jax.kernels.tpu_prefill_kernel import Given, Side, run
 from splitq_jax.kernels.tpu_prefill_plan import ROWS, Plan, kept
 from splitq_jax.kernels.tpu_words import stored_type
-from splitq_jax.transforms import apply
 
 if TYPE_CHECKING:
     from splitq_jax.linear import SplitWeight
@@ -76,8 +75,9 @@ def _given(plan: Plan, x: Float[Array, "P L"], w: SplitWeight, is_text: Bool[Arr
         k = g.w.rows
         extra = up(k, 16) - k
         side_perm.append(jnp.pad(perm[start : start + k], (0, extra), constant_values=-1)[:, None])
-        dense = apply(g.transform, jnp.eye(k, dtype=jnp.float32))
-        sides.append(Side(jnp.pad(dense.T, ((0, extra), (0, extra))), None if g.a_clip is None else g.a_clip[None, :]))
+        sides.append(
+            Side(jnp.pad(as_matrix(g.transform, k).T, ((0, extra), (0, extra))), None if g.a_clip is None else g.a_clip[None, :])
+        )
         start += k
     u = mask = None
     gates: list[Array | None] = [None, None]
