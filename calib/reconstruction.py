@@ -36,6 +36,7 @@ from splitq_jax.calib.blocks import (
 from splitq_jax.calib.run import Run
 from splitq_jax.errors import InputError
 from splitq_jax.numerics import in_float32
+from splitq_jax.output import counter
 from splitq_jax.quantization import kernels, replace_kernels
 from splitq_jax.site import TrainableSplit, learnable, round_weights, with_learnable
 
@@ -131,7 +132,7 @@ def fit(
     measured, held = held_out is not None, list(held_out or ())
     test = merge(list(embed(model, params, held))) if held else None
     depth = model.config.num_layers
-    task = None if progress is None else progress.add_task("training blocks", total=depth * len(orders))
+    count_step = counter(progress, "training blocks", depth * len(orders))
     errors = []
     for i in range(depth):
         teacher, student = block_params(params, i), block_params(prepared, i)
@@ -144,24 +145,22 @@ def fit(
         # on the mesh from the start: arrays placed otherwise would be compiled for apart
         student, theta = jax.device_put((student, {n: learnable(site) for n, site in sites.items()}), NamedSharding(mesh, P()))
         kept = None if run is None else run.load(i, theta)
-        if kept is not None and (np.isfinite(kept[1][1]) or not measured):
-            theta, (before, after_training) = kept
-        else:
+        if kept is None or (measured and not np.isfinite(kept[1][1])):
             before = after_training = measure(student, theta, probe, probe_y) if measured else np.nan
             if jax.tree.leaves(theta):
                 state = jax.device_put(optimizer.init(theta), NamedSharding(mesh, P()))
                 for order in orders:
                     part, target = pad_rows(take(data, order), mesh.size), pad_rows(take(y, order), mesh.size)
-                    placed = place(mesh, (part.x, target.x, part.context))
-                    theta, state = step(student, theta, state, *placed)
-                    if progress is not None and task is not None:
-                        progress.advance(task)
+                    theta, state = step(student, theta, state, *place(mesh, (part.x, target.x, part.context)))
+                    count_step()
                 after_training = measure(student, theta, probe, probe_y) if measured else np.nan
                 finite = all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(theta))
                 if not finite or (measured and not np.isfinite(after_training)):
                     raise InputError(f"{block_name(i)}: training diverged (error {after_training}); lower the learning rates")
                 if run is not None:
                     run.save(i, theta, (before, after_training))
+            kept = theta, (before, after_training)
+        theta, (before, after_training) = kept
         if measured:
             errors.append(BlockError(block_name(i), before, after_training))
         student = replace_kernels(student, {n: with_learnable(site, theta[n]) for n, site in sites.items()})

@@ -34,6 +34,7 @@ from splitq_jax.calib.blocks import (
 from splitq_jax.errors import InputError
 from splitq_jax.mocd import FIRST, RANK_BINS, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
 from splitq_jax.numerics import in_float32
+from splitq_jax.output import counter
 
 DEFAULT_SPLIT = SplitSize()
 
@@ -75,7 +76,7 @@ def collect(
     check_modalities(hiddens, one_modality)
     stats = _vision_stats(model, params, batches, gram) if vision_tower else {}
     depth = model.config.num_layers
-    task = None if progress is None else progress.add_task("collecting statistics", total=depth)
+    count_block = counter(progress, "collecting statistics", depth)
     for i in range(depth):
         p = block_params(params, i)
         first_pass, second_pass = _passes(model.block(i), mesh, skip_first, gram)
@@ -88,7 +89,7 @@ def collect(
             part = {n: _over_samples(v, hidden.x.shape[0]) for n, v in part.items()}
             sums = part if not sums else {name: _add(sums[name], part[name]) for name in part}
         for name, s in sums.items():
-            finite(f"{block_name(i)}/{name}", s["absmax"], "activations")
+            finite(f"{block_name(i)}/{name}", s["abs_sum"], "activations")  # a maximum may leave NaN out, see `numerics.scale_of`
         chosen = {n: np.asarray(top(s["absmax"][VISION], split.channels(s["absmax"].shape[1]))) for n, s in sums.items()}
         main = {n: ~np.isin(np.arange(s["absmax"].shape[1]), chosen[n]) for n, s in sums.items()}
         ranks: dict[str, np.ndarray] = {}
@@ -105,8 +106,7 @@ def collect(
                 ranks=jnp.asarray(ranks[n]),
             )
         hiddens = [after(i, h) for h in outs]
-        if progress is not None and task is not None:
-            progress.advance(task)
+        count_block()
     return stats
 
 
@@ -214,7 +214,7 @@ def _vision_stats(model: Any, params: Params, batches: list[Batch], gram: bool) 
             total = part if not total else {path: _add(total[path], part[path]) for path in part}
     out = {}
     for path, s in total.items():
-        finite(path, s["absmax"], "activations")
+        finite(path, s["abs_sum"], "activations")
         squares = s.pop("gram", None)
         only_vision = {k: jnp.zeros((3, v.shape[0])).at[VISION].set(v) for k, v in s.items()}
         out[path] = SiteStats(

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from splitq_jax.errors import InputError
 from splitq_jax.eval.metrics import kl_divergence, perplexity, wilson
 from splitq_jax.kernels.layout import native
+from splitq_jax.output import counter
 from splitq_jax.sharding import on_mesh_of
 
 Batch = Mapping[str, np.ndarray]
@@ -115,7 +116,7 @@ def evaluate(
     """
     start = time.monotonic()
     total = len(batches) if isinstance(batches, Sized) else None
-    task = None if progress is None else progress.add_task(label, total=total)
+    count_batch = counter(progress, label, total)
     parts: list[dict[str, np.ndarray]] = []
     seen = 0
     with on_mesh_of(params):
@@ -133,8 +134,7 @@ def evaluate(
                 raise InputError(f"evaluation: batch {number}: log-probabilities are not finite; check the weights and scales")
             parts.append(kept | {"question": rows.question[rows.used], "target": rows.target[rows.used]})
             seen += int(rows.used.sum())
-            if progress is not None and task is not None:
-                progress.advance(task)
+            count_batch()
     if not seen:
         raise InputError("evaluation: no question with an answer; give at least one")
     if reference is not None and seen != reference.token_question.size:

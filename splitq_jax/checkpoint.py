@@ -27,6 +27,7 @@ from rich.progress import Progress
 
 from splitq_jax.errors import InputError
 from splitq_jax.manifest import FORMAT, MANIFEST, VERSION, Deferred, describe, plain, read_manifest, rebuild, seal
+from splitq_jax.output import counter
 from splitq_jax.sharding import on_host, sharding
 
 __all__ = ["Deferred", "read_manifest", "restore", "save"]
@@ -87,14 +88,13 @@ def save(
         needed, free = sum(v.nbytes for v in arrays.values()) + SPARE, shutil.disk_usage(draft).free
         if free < needed:
             raise InputError(f"{target}: {free:,} bytes are free on this disk, {needed:,} are needed; make room")
-        task = progress.add_task("writing", total=len(arrays)) if progress is not None else None
+        count_array = counter(progress, "writing", len(arrays))
         for number, part in enumerate(_parts(arrays)):
             values = {}
             for name in part:
                 values[name] = _value(arrays[name])
                 manifest["leaves"][name] = _entry(values[name]) | {"part": number}
-                if progress is not None and task is not None:
-                    progress.advance(task)
+                count_array()
             _write_arrays(_folder(draft, number), {k: v for k, v in values.items() if v.size})  # orbax fails on empty arrays
             values.clear()
         manifest["files"] = {

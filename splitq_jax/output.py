@@ -3,7 +3,8 @@
 import contextlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,13 @@ class Bar(Progress):
 def progress_bar(console: Console | None = None) -> Bar:
     """Return the bar that all commands show."""
     return Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+
+
+def counter(progress: Progress | None, label: str, total: int | None) -> Callable[[], None]:
+    """Return what advances a new task by one step; without a bar it does nothing."""
+    if progress is None:
+        return lambda: None
+    return partial(progress.advance, progress.add_task(label, total=total))
 
 
 @contextlib.contextmanager
