@@ -191,7 +191,7 @@ def tokens_of(seed, count, width, dtype=jnp.bfloat16):
 
 
 def mask_of(kind, count, seed=0):
-    mask = {"text": np.ones, "vision": np.zeros}.get(kind)
+    mask = {"text": np.ones, "vision": np.zeros, "last": lambda n, _: np.arange(n) == n - 1}.get(kind)
     return jnp.asarray(np.random.default_rng(seed).random(count) < 0.5 if mask is None else mask(count, bool))
 
 

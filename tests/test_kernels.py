@@ -208,7 +208,7 @@ def test_decode_is_quantize_and_multiply(backend, bits, count):
 
 @pytest.mark.parametrize(
     ("bits", "count", "width", "group"),
-    [(4, 1, 1536, 0), (3, 17, 2048, 0), (4, 40, 1024, 128), (3, 17, 2048, 64), (4, 300, 1024, 32)],
+    [(4, 1, 1536, 0), (3, 17, 2048, 0), (4, 40, 1024, 128), (3, 17, 2048, 64), (4, 300, 1024, 32), (3, 260, 1152, 128)],
 )
 def test_weight_only_matmul(backend, bits, count, width, group):
     rng = np.random.default_rng(8)
@@ -261,8 +261,24 @@ def test_what_does_not_fit_is_named(caplog):
         api.split_matmul(tokens_of(0, 4, 576), w, backend="cpu")
     with pytest.raises(InputError, match="side operand"):
         api.quantized_matmul(given_operands(0, 4, w)._replace(side=None), w)
-    with pytest.raises(InputError, match="channels"):
+    x, text = tokens_of(0, 4, 576), mask_of("mixed", 4)
+    for found, expected, args in (
+        ("[4, 577]", "M, 576", (jnp.pad(x, ((0, 0), (0, 1))), w)),
+        ("[4, 500]", "M, 576", (x[:, :500], w)),
+        ("[1, 4, 576]", "M, 576", (x[None], w)),
+        ("int32", "floats", (x.astype(jnp.int32), w)),
+        ("bool[5]", "bool[4]", (x, w, mask_of("mixed", 5))),
+        ("int32[4]", "bool[4]", (x, w, text.astype(jnp.int32))),
+        ("[65]", "[64]", (x, w, text, jnp.zeros(65))),
+        ("[1, 64]", "[64]", (x, w, text, jnp.zeros((1, 64)))),
+    ):
+        for job in (api.split_matmul, api.decode_matmul):
+            with pytest.raises(InputError, match=f"{re.escape(found)}.*{re.escape(expected)}"):
+                job(*args)
+    with pytest.raises(InputError, match=re.escape("[4, 100]; expected floats [M, ")):
         api.weight_only_matmul(tokens_of(0, 4, 100), w.groups[0].w)
+    with pytest.raises(InputError, match=r"no derivative.*prepare"):
+        jax.grad(lambda x: api.split_matmul(x, w).sum())(tokens_of(0, 4, 576, jnp.float32))
     with pytest.raises(InputError, match="divide"):
         quantize_groups(jnp.ones((100, 4)), 4, 32)
     two_bits = site_of(12, 576, 64, (2, 4), side=0, ranks=(0, 0), transform=False)
@@ -272,6 +288,23 @@ def test_what_does_not_fit_is_named(caplog):
             got = run(api.quantized_matmul, a, two_bits, backend=name)
         assert f"{name} leaves it to the reference" in caplog.text
         assert_close(got, *numpy_product("reference", a, two_bits, None), jnp.bfloat16)
+
+
+def test_no_tokens_give_no_results(backend):
+    w = site_of(12, 576, 64, (4, 4), side=8, ranks=(11, 17))
+    assert run(api.split_matmul, tokens_of(0, 0, 576), w, None, backend=backend).shape == (0, 64)
+    assert run(
+        api.weight_only_matmul, tokens_of(0, 0, 576), quantize_groups(jnp.ones((576, 24)), 4, 32), backend=backend
+    ).shape == (0, 24)
+
+
+def test_a_broken_token_stays_broken():
+    """Every width: XLA's maxima on CPU leave NaN out of wide tokens."""
+    for backend, width in (("reference", 576), ("tpu", 576), ("tpu", 896), ("tpu", 127)):
+        w = site_of(14, width, 24, (4, 4), side=0, ranks=(0, 0))
+        for x in (tokens_of(0, 3, width), tokens_of(0, 70, width), tokens_of(0, 70, width, jnp.float32)):
+            y = run(api.split_matmul, x.at[1, 5].set(jnp.nan), w, backend=backend)
+            assert jnp.isnan(y[1]).all() and jnp.isfinite(y[0]).all(), (backend, width, x.shape, x.dtype)
 
 
 def placed_on(mesh, w):

@@ -27,6 +27,7 @@ def with_wide_factors(w):
 
 
 SITES = {  # tokens, mask, site
+    "mac for the last": (200, "last", lambda: site_of(0, 256, 24, (4, 4), side=16, ranks=(0, 16))),
     "two steps": (300, "mixed", lambda: site_of(0, 576, 24, (4, 4), side=16, ranks=(11, 17))),
     "rows between tiles": (70, "mixed", lambda: without_clips(site_of(0, 8 * 61 + 32, 24, (4, 8), side=16, ranks=(16, 0)))),
     "in order": (70, "text", lambda: in_order(site_of(0, 1024 + 80, 24, (3, 3), side=40, ranks=(16, 16)))),

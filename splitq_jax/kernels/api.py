@@ -3,7 +3,8 @@
 ``backend=None`` chooses inside jit, by the platform that the program is lowered for: the TPU's and the GPU's kernels, and the
 reference everywhere else. A backend's name forces it: ``"tpu"`` and ``"gpu"`` are interpreted where there is none (slow, exact).
 What a backend does not take goes to the reference, and says why to the logger ``splitq_jax.kernels`` at level DEBUG.
-Each is jitted, so that a model traces and lowers a site once for every shape, not for every block, and on each platform.
+Each is jitted, so that a model traces and lowers a site once for every shape, not for every block, and on each platform. None has a
+derivative.
 """
 
 import importlib.util
@@ -57,8 +58,9 @@ def split_matmul(
       backend: see the module.
 
     Raises:
-      InputError: an unknown backend.
+      InputError: an unknown backend; tokens, a mask or a bias that do not fit the site.
     """
+    _check("split_matmul", x, w, is_text, bias)
     out = jnp.dtype(dtype or x.dtype)
 
     def on(run: _Run, tokens: tuple[Array, Array | None], w: SplitWeight, bias: Array | None) -> Array:
@@ -85,8 +87,9 @@ def quantize_activations(
     The narrow operand is bfloat16, the tensor cores' type, on every backend but the forced reference, which leaves it in float32.
 
     Raises:
-      InputError: an unknown backend.
+      InputError: an unknown backend; tokens, a mask or a bias that do not fit the site.
     """
+    _check("quantize_activations", x, w, is_text)
     side = jnp.float32 if backend == "reference" else jnp.bfloat16
 
     def on(run: _Run, tokens: tuple[Array, Array | None], w: SplitWeight, _: None) -> Activations:
@@ -111,8 +114,9 @@ def quantized_matmul(
     """Return ``s_x s_w (codes . W_m) + side . B + bias``: integer products for integer codes, float ones where activations stay floats.
 
     Raises:
-      InputError: an unknown backend; a side operand that does not fit the site.
+      InputError: an unknown backend; a side operand or a bias that does not fit the site.
     """
+    _check("quantized_matmul", None, w, None, bias)
     width = 0 if a.side is None else a.side.shape[1]
     if width != side_width(w):
         raise InputError(f"quantized_matmul: the side operand has {width} columns, the site's has {side_width(w)}")
@@ -132,8 +136,9 @@ def decode_matmul(
     """Quantize tokens inside the product: the form for few tokens, as in decoding.
 
     Raises:
-      InputError: an unknown backend.
+      InputError: an unknown backend; tokens, a mask or a bias that do not fit the site.
     """
+    _check("decode_matmul", x, w, is_text, bias)
     return _dispatch(_job("decode_matmul", dtype or x.dtype), backend, (x, is_text), w, bias)
 
 
@@ -149,11 +154,21 @@ def weight_only_matmul(
     """Return ``x W + bias`` for float tokens and packed codes with scales per column, or per column and group of rows.
 
     Raises:
-      InputError: an unknown backend; a width of ``x`` that is not the weight's.
+      InputError: an unknown backend; tokens or a bias that do not fit the weight.
     """
-    if x.shape[1] != w.rows:
-        raise InputError(f"weight_only_matmul: tokens of {x.shape[1]} channels, a weight of {w.rows} rows")
+    _check("weight_only_matmul", x, w, None, bias)
     return _dispatch(_job("weight_only_matmul", dtype or x.dtype), backend, (x,), w, bias)
+
+
+def _check(job: str, x: Array | None, w: SplitWeight | QTensor, is_text: Array | None = None, bias: Array | None = None) -> None:
+    rows, columns = w.shape
+    if x is not None:
+        if x.ndim != 2 or x.shape[1] != rows or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise InputError(f"{job}: tokens {x.dtype}{list(x.shape)}; expected floats [M, {rows}], a row for each token")
+        if is_text is not None and (is_text.shape != x.shape[:1] or is_text.dtype != bool):
+            raise InputError(f"{job}: is_text {is_text.dtype}{list(is_text.shape)}; expected bool[{x.shape[0]}]")
+    if bias is not None and bias.shape != (columns,):
+        raise InputError(f"{job}: a bias of shape {list(bias.shape)}; expected [{columns}]")
 
 
 def _job(name: str, dtype: DTypeLike) -> Callable[..., Any]:
@@ -172,7 +187,15 @@ def _dispatch(
     """
     if backend not in (None, "reference", *PLATFORMS):
         raise InputError(f"backend {backend!r}; expected None, 'reference', {', '.join(map(repr, PLATFORMS))}")
-    return over_devices(partial(_on_platform, on, backend), tokens, w, bias, columns)
+    product = jax.custom_jvp(lambda *args: over_devices(partial(_on_platform, on, backend), *args, columns))
+    product.defjvp(_no_derivative)
+    return product(tokens, w, bias)
+
+
+def _no_derivative(*_: Any) -> Any:
+    raise InputError(
+        "products of packed codes have no derivative: codes are whole numbers; differentiate with the tree of `prepare`, before `freeze`"
+    )
 
 
 def _on_platform(on: Callable[..., Any], backend: Backend | None, *args: Any) -> Any:

@@ -27,6 +27,8 @@ else:
 
 def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
     """Return why a job is left to the reference, None where it is taken."""
+    if tokens == 0:
+        return "no tokens"
     if isinstance(w, QTensor):
         return _refuses_matrix(w)
     main, *side = (g.w for g in w.groups)
@@ -39,6 +41,8 @@ def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
         return "a split site with grouped scales"
     if keeps_floats(w) and w.branches is not None and w.branches.mac is not None:
         return "MAC with activations that stay floats"
+    if keeps_floats(w) and any(g.a_bits < FLOAT_BITS for g in w.groups[1:]):
+        return "codes of side groups beside activations that stay floats"
     return None
 
 

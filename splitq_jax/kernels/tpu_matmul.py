@@ -260,6 +260,9 @@ class _Product:
                 for i in range(scale.shape[0]):
                     rows = slice(i * self.group, (i + 1) * self.group)
                     w_ready[rows, part(p)] = rounded(decoded[rows] * (scale[i : i + 1, part(p)] * step_size), self.interpret)
+                filled = scale.shape[0] * self.group
+                if filled < w_ready.shape[0]:  # padding meets zeros of the tokens, but what lies in memory may be NaN
+                    w_ready[filled:, part(p)] = jnp.zeros((w_ready.shape[0] - filled, piece), w_ready.dtype)
             elif keep:
                 w_ready[:, part(p)] = expand(codes, self.bits, w_ready.dtype)
 

@@ -123,7 +123,8 @@ def _encode(x: Float[Array, "M K"], bits: int, clip: Float[Array, "1 2"] | None)
         high = jnp.maximum(jnp.max(x, axis=1, keepdims=True), 0.0)
         low = jnp.maximum(-jnp.min(x, axis=1, keepdims=True), 0.0)
         absmax = jnp.maximum(clip[:, 0:1] * high, clip[:, 1:2] * low)
-    step = step_of(absmax, bits)
+    # plus 0, or NaN: some maxima leave NaN out
+    step = step_of(absmax, bits) + jnp.sum(x * 0.0, axis=1, keepdims=True)
     # one division a token instead of one a channel: a quotient may come out a rounding away, which moves exact ties only
     return jnp.clip(jnp.round(x * (1.0 / step)), -top - 1, top), step
 
