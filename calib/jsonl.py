@@ -20,7 +20,7 @@ class Jsonl:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            lines = self.path.read_text().splitlines()
+            lines = self.path.read_text(encoding="utf-8").split("\n")  # `splitlines` cuts at characters that JSON allows in a text
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"{self.path}: cannot be read ({e}); expected JSON lines with {', '.join(KEYS)}") from None
         self._records = [self._record(i, line) for i, line in enumerate(lines, start=1) if line.strip()]
@@ -31,7 +31,8 @@ class Jsonl:
         where = f"{self.path}, line {number}"
         try:
             value = json.loads(line)
-        except ValueError as e:
+            json.dumps(value, ensure_ascii=False).encode()  # half a character, as in "\\ud800", is none
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{where}: not JSON ({e})") from None
         if not isinstance(value, dict):
             raise InputError(f"{where}: a JSON {type(value).__name__}; expected an object with {', '.join(KEYS)}")
@@ -40,7 +41,11 @@ class Jsonl:
                 hint = "; text and vision are calibrated together, so a sample needs an image" if key == "image" else ""
                 raise InputError(f"{where}: {key} is {value.get(key)!r}; expected a text{hint}")
         image = self.path.parent / value["image"]
-        if "://" in value["image"] or not image.is_file():
+        try:
+            exists = "://" not in value["image"] and image.is_file()
+        except OSError:  # a name that no file can have
+            exists = False
+        if not exists:
             raise InputError(f"{where}: image {value['image']!r} is no file; give a path relative to {self.path.parent}")
         return {"image": image, "image_id": number, "question": value["question"], "answer": value["answer"]}
 

@@ -1,5 +1,6 @@
 """A resumable calibration run: a folder with one safetensors file a finished block, and a fingerprint of what it was made from."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,18 @@ def fingerprint(*trees: Any) -> str:
     return digest.hexdigest()
 
 
+MANIFEST, WRITER = "run.json", "writer.pid"
+
+
+def discard(folder: Path) -> None:
+    """Delete a finished run; what is not a run's stays."""
+    if (folder / MANIFEST).is_file():
+        for file in (*folder.glob("block_*.safetensors"), *folder.glob(".*.tmp"), folder / WRITER, folder / MANIFEST):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # holds something else
+            folder.rmdir()
+
+
 class Run:
     """Keeps finished blocks under ``folder``; a second writer and a different fingerprint are refused."""
 
@@ -35,14 +48,19 @@ class Run:
         """Open or create the run.
 
         Raises:
-          InputError: the folder belongs to a different run, or another process writes to it.
+          InputError: the folder is no run's or a different run's, cannot be made, or another process writes to it.
         """
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        manifest = self.folder / MANIFEST
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not manifest.exists() and any(f.name != WRITER for f in self.folder.iterdir()):
+                raise InputError(f"run folder {self.folder}: holds other files; give an empty folder or one that is not there yet")
+        except OSError as e:
+            raise InputError(f"run folder {self.folder}: cannot be made ({e.strerror}); give another one") from None
         self._lock()
-        manifest = self.folder / "run.json"
         if manifest.exists():
-            found = json.loads(manifest.read_text())["fingerprint"]
+            found = self._found(manifest)
             if found != fingerprint:
                 self.close()
                 raise InputError(
@@ -52,13 +70,21 @@ class Run:
         else:
             _write(manifest, json.dumps({"fingerprint": fingerprint}).encode())
 
+    def _found(self, manifest: Path) -> str:
+        try:
+            return str(json.loads(manifest.read_text())["fingerprint"])
+        except (ValueError, KeyError, TypeError) as e:
+            self.close()
+            raise InputError(f"{manifest}: damaged ({e!r}); delete the folder to train anew") from None
+
     def _lock(self) -> None:
-        self._pid = self.folder / "writer.pid"
+        self._pid = self.folder / WRITER
         try:
             with self._pid.open("x") as f:
                 f.write(str(os.getpid()))
         except FileExistsError:
-            owner = int(self._pid.read_text() or 0)
+            text = self._pid.read_text(errors="replace")
+            owner = int(text) if text.isdecimal() else 0
             if owner != os.getpid() and Path(f"/proc/{owner}").exists():
                 raise InputError(f"{self._pid}: process {owner} writes to this run; wait for it or use another folder") from None
             self._pid.write_text(str(os.getpid()))  # left behind by a killed process

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from splitq_jax.checkpoint import Deferred, restore
 from splitq_jax.errors import InputError
-from splitq_jax.manifest import MANIFEST
+from splitq_jax.manifest import MANIFEST, plain
 from splitq_jax.models.families import FAMILIES, model_of
 from splitq_jax.models.model import VisionLanguageModel
 from splitq_jax.models.names import Source
@@ -44,7 +44,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             raise InputError(
                 f"{path}: auto_map asks to run the folder's own code, which is never run; use a model type that is supported"
             )
-    if config.get("model_type") not in FAMILIES:
+    if not isinstance(config.get("model_type"), str) or config["model_type"] not in FAMILIES:
         raise InputError(f"{path}: model_type {config.get('model_type')!r}; supported are {', '.join(FAMILIES)}")
     return config
 
@@ -74,11 +74,38 @@ def load(
     folder = Path(folder)
     _check_dtype(dtype)
     if is_converted(folder):
-        return model_of(read_config(folder)), restore(folder / PARAMS, mesh=mesh)[0]
+        model = _model(folder)
+        params, manifest = restore(folder / PARAMS, mesh=mesh)
+        _check_config(folder, model, manifest["config"])
+        return model, params
     model, tree = deferred(folder, dtype=dtype, follow_links=follow_links)
     leaves = flatten_dict(tree, sep="/")
     places = {path: None if mesh is None else sharding(path, leaf.shape, mesh) for path, leaf in leaves.items()}
     return model, unflatten_dict({path: place(leaf.read(), places[path]) for path, leaf in leaves.items()}, sep="/")
+
+
+def _model(folder: Path) -> VisionLanguageModel:
+    config = read_config(folder)
+    try:
+        return model_of(config)
+    except InputError as e:  # which knows the file, not the folder
+        raise InputError(f"{folder}: {e}") from None
+
+
+def _check_config(folder: Path, model: VisionLanguageModel, kept: Any) -> None:
+    """Compare a converted folder's ``config.json`` with what its parameters were made for; fields of other releases are left alone."""
+
+    def compare(found: Any, wanted: Any, name: str) -> None:
+        if isinstance(found, dict) and isinstance(wanted, dict):
+            for key in found.keys() & wanted.keys():
+                compare(found[key], wanted[key], f"{name}.{key}")
+        elif found != wanted:
+            raise InputError(
+                f"{folder}: config.json makes {name} {found}, the parameters were written with {wanted}; restore the file"
+            )
+
+    if kept is not None:
+        compare(plain(model.config, "config"), kept, "config")
 
 
 def is_converted(folder: str | Path) -> bool:
@@ -102,7 +129,7 @@ def deferred(folder: str | Path, *, dtype: Any = jnp.float32, follow_links: bool
     """
     folder = Path(folder)
     _check_dtype(dtype)
-    model = model_of(read_config(folder))
+    model = _model(folder)
     sources, weights = model.table(), Weights(folder, follow_links)
     names: dict[str, str] = {}
     for name in weights.shapes:
@@ -144,7 +171,9 @@ def _read(source: Source, names: Mapping[str, str], weights: Weights, dtype: np.
 
 def _check_names(model: VisionLanguageModel, names: Mapping[str, str], wanted: set[str], weights: Weights, folder: Path) -> None:
     if missing := sorted(wanted - names.keys()):
-        raise InputError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}; get the files again")
+        raise InputError(
+            f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]!r}; get the files again, or the config.json that is theirs"
+        )
     extra = {n for n in names.keys() - wanted if not model.is_unused(n)}
     if model.config.tied and model.spelling.head in extra:
         extra.discard(model.spelling.head)

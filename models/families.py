@@ -1,5 +1,6 @@
 """The model types that are supported, each in a file of its own, imported when it is asked for."""
 
+import textwrap
 from copy import deepcopy
 from importlib import import_module
 from typing import Any
@@ -56,5 +57,5 @@ def normalized(config: dict[str, Any]) -> dict[str, Any]:
     try:
         whole: dict[str, Any] = AutoConfig.for_model(config["model_type"], **fields).to_dict()
     except Exception as e:  # it checks with exceptions of many kinds
-        raise InputError(f"config.json: {e}") from None
+        raise InputError(f"config.json: {textwrap.shorten(str(e), 200, placeholder=' …')}") from None
     return whole

@@ -19,6 +19,7 @@ from splitq_jax.models.sampling import Sampling
 from splitq_jax.sharding import on_mesh_of
 
 Params = dict[str, Any]
+MOST_TOKENS = 1 << 20  # of an answer
 NONE = -1  # no token: what stands behind the end of a row
 PER_TOKEN = ("attention_mask", "positions", "mm_token_type_ids", "token_type_ids")  # a processor's arrays (B, L) besides the tokens
 
@@ -61,8 +62,12 @@ def generate(
     Raises:
       InputError: no token asked for; padding on the right; packed rows; numbers out of range; what the model's ``prepare`` refuses.
     """
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens}: expected at least 1")
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int | np.integer)
+        or not 1 <= max_new_tokens <= MOST_TOKENS
+    ):
+        raise InputError(f"max_new_tokens {max_new_tokens}: expected 1 to {MOST_TOKENS:,}")
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 32:
         raise InputError(f"seed {seed}: expected 0 to 2^32 - 1")
     if kv_bits not in KV_BITS:

@@ -143,7 +143,10 @@ def _image_processor(folder: Path, processor: dict[str, Any], supported: tuple[s
     own = folder / "preprocessor_config.json"
     settings = processor.get("image_processor") or (read_json(own) if own.is_file() else None)
     if not isinstance(settings, dict) or not settings:
-        raise InputError(f"{folder}: no preprocessor_config.json; copy the image processor's file into the folder")
+        raise InputError(f"{folder}: preprocessor_config.json is missing or empty; copy the image processor's file into the folder")
+    std = settings.get("image_std", 1.0)
+    if not all(isinstance(s, int | float) and s > 0 for s in (std if isinstance(std, list) else [std])):
+        raise InputError(f"{folder}: the image processor's image_std is {std}; expected positive numbers")
     name = str(settings.get("image_processor_type", supported[0])).removesuffix("Fast").removesuffix("Pil")
     if name not in supported:
         raise InputError(f"{folder}: image processor {name!r}; supported are {', '.join(supported)}")

@@ -3,11 +3,15 @@
 Nothing heavy is imported before a command is chosen, so ``splitq --help`` answers at once.
 """
 
+import _thread
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
+from typing import Any
 
 from splitq_jax.errors import InputError
 
@@ -25,6 +29,26 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for input that is refused, 130 when interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half written is removed on the way
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _interrupt_again
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        print("splitq: interrupted", file=sys.stderr)
+        return 130
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Ctrl-C that falls into a callback of the garbage collector, such as JAX has one, would be printed and forgotten."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="splitq",
         description="Post-training quantization of vision-language models in JAX (SplitQ, arXiv 2605.19929, and its baselines).",
@@ -44,9 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"splitq {options.command}: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"splitq {options.command}: interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -1,7 +1,8 @@
 """The commands' flags and what they do; each reads a folder and writes a folder, whole or not at all."""
 
 import argparse
-import shutil
+import contextlib
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import splitq_jax as sq
 from splitq_jax import calib, models, quantization, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
-from splitq_jax.calib.run import fingerprint
+from splitq_jax.calib.run import discard, fingerprint
 from splitq_jax.demo import DemoConfig
 from splitq_jax.demo import run as run_demo
 from splitq_jax.errors import InputError
@@ -38,6 +39,12 @@ FIT_FLAGS = ("epochs", "steps", "batch", "transform_rate", "clip_rate", "loss", 
 def _add_output(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--out", type=Path, required=required, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out")
+
+
+def _output(options: argparse.Namespace) -> contextlib.AbstractContextManager[Path]:
+    return output_folder(
+        options.out, options.overwrite, *(getattr(options, name, None) for name in ("model", "reference", "stats"))
+    )
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +102,7 @@ def convert(options: argparse.Namespace) -> None:
         raise InputError(f"{options.model}: is converted already; give the folder that it was converted from, or copy it")
     console = make_console()
     model, params = models.deferred(options.model, dtype=jnp.dtype(options.dtype), follow_links=options.follow_links)
-    with output_folder(options.out, options.overwrite) as folder, progress_bar(console) as bar:
+    with _output(options) as folder, progress_bar(console) as bar:
         sq.save(folder / PARAMS, params, config=model.config, progress=bar)
         models.copy_processor(options.model, folder)
     size = quantization.stored_bytes(params)
@@ -120,7 +127,7 @@ def add_calibrate(parser: argparse.ArgumentParser) -> None:
 def calibrate(options: argparse.Namespace) -> None:
     """Collect and write statistics."""
     setup = _float_setup(options)
-    with output_folder(options.out, options.overwrite) as folder, progress_bar() as bar:
+    with _output(options) as folder, progress_bar() as bar:
         batches = setup.calibration(options.samples, options.seed)
         stats = _collect(setup, options, batches, options.gram, options.vision_tower, bar)
         # a key may not hold a slash
@@ -146,8 +153,10 @@ def _collect(
 
 
 def _provenance(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
-    names = ("data", "samples", "seed", "split_rate", "split_align", "skip_first")
-    return {name: getattr(options, name) for name in names} | {"weights": fingerprint(setup.params)}
+    names = ("samples", "seed", "split_rate", "split_align", "skip_first")
+    # a file by what it says, wherever it lies
+    data = options.data if options.data == "easy-vqa" else f"sha256 {hashlib.sha256(Path(options.data).read_bytes()).hexdigest()}"
+    return {"data": data} | {name: getattr(options, name) for name in names} | {"weights": fingerprint(setup.params)}
 
 
 # --- quantize
@@ -181,7 +190,7 @@ def quantize(options: argparse.Namespace) -> None:
     setup = _float_setup(options)
     _print_plan(console, quantization.match(setup.params, chosen))
     runs = options.run_folder or options.out.with_name(f"{options.out.name}.run")
-    with output_folder(options.out, options.overwrite) as folder:
+    with _output(options) as folder:
         batches = setup.calibration(options.samples, options.seed)
         with progress_bar(console) as bar:
             if options.stats is None:
@@ -194,7 +203,8 @@ def quantize(options: argparse.Namespace) -> None:
         sq.save(folder / PARAMS, done.params, recipe=chosen, config=setup.model.config, extra=_provenance(setup, options) | facts)
         sq.save(folder / CHANNELS, {path.replace("/", "."): s.absmax for path, s in stats.items()})
         models.copy_processor(options.model, folder)
-    shutil.rmtree(runs, ignore_errors=True)
+    if chosen.train:
+        discard(runs)
     before, after = quantization.stored_bytes(setup.params), quantization.stored_bytes(done.params)
     console.print(_layers(done.params, errors))
     bits = quantization.effective_bits(done.params)
@@ -215,7 +225,9 @@ def _print_plan(console: Console, matched: Mapping[str, recipe.Recipe]) -> None:
 
 def _restore_stats(setup: Setup, options: argparse.Namespace) -> dict[str, SiteStats]:
     tree, manifest = sq.restore(options.stats / PARAMS)
-    found, wanted = manifest["extra"], _provenance(setup, options)
+    found, wanted = manifest["extra"] or {}, _provenance(setup, options)
+    if not tree or not all(isinstance(s, SiteStats) for s in tree.values()):
+        raise InputError(f"--stats {options.stats}: holds no statistics; give a folder of splitq calibrate")
     for name, value in wanted.items():
         if found.get(name) != value:
             raise InputError(
@@ -248,6 +260,8 @@ def evaluate(options: argparse.Namespace) -> None:
     with progress_bar(console) as bar:
         if options.reference is not None:
             model, params = models.load(options.reference, follow_links=options.follow_links)
+            if any(isinstance(leaf, SplitWeight) for leaf in quantization.kernels(params).values()):
+                raise InputError(f"--reference {options.reference}: is quantized; give the float model")
             reference = evaluation.evaluate(model, params, questions, progress=bar, label="float")
             rows.append(result_row(reference, params, "float", "float", 0, 0.0))
         result = evaluation.evaluate(setup.model, setup.params, questions, reference, progress=bar, label=str(options.model))
@@ -260,7 +274,7 @@ def evaluate(options: argparse.Namespace) -> None:
     console.print(evaluation.table(rows))
     if options.out is not None:
         facts = {"model": str(options.model), "reference": str(options.reference), "data": options.data, "split": options.split}
-        with output_folder(options.out, options.overwrite) as folder:
+        with _output(options) as folder:
             evaluation.write(evaluation.Report(f"{method} {scheme} on {options.data}", facts, tuple(rows)), folder)
         console.print(f"Wrote {options.out}")
 
@@ -355,13 +369,18 @@ def inspect(options: argparse.Namespace) -> None:
     if options.plots is not None:
         maxima, _ = sq.restore(options.model / CHANNELS)
         leaves = quantization.kernels(params)
-        options.plots.mkdir(parents=True, exist_ok=True)
-        for name, absmax in maxima.items():
-            path = name.replace(".", "/")
-            if path in leaves:
-                svg = channel_maxima(channels_of(path, np.asarray(absmax), leaves[path]))
+        plots = {
+            name: channel_maxima(channels_of(path, np.asarray(absmax), leaves[path]))
+            for name, absmax in maxima.items()
+            if (path := name.replace(".", "/")) in leaves
+        }
+        try:
+            options.plots.mkdir(parents=True, exist_ok=True)
+            for name, svg in plots.items():
                 (options.plots / f"{name}.svg").write_text(svg, encoding="utf-8")
-        console.print(f"Wrote {len(maxima)} plots to {options.plots}")
+        except OSError as e:
+            raise InputError(f"--plots {options.plots}: cannot be written ({e.strerror}); give another folder") from None
+        console.print(f"Wrote {len(plots)} plots to {options.plots}")
 
 
 def _layers(params: Any, errors: Mapping[str, float]) -> Table:

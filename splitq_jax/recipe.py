@@ -25,20 +25,23 @@ class Recipe:
       select: how side channels are chosen.
       clusters: k of MOCD's k-means.
       split: size of the side groups.
-      side_bits: bits of side groups, branches and MAC's residual; None for ``max(4, bits)``, 0 for the main group's.
+      side_bits: bits of side groups, branches and MAC's residual; by default ``max(4, bits)``; 0 for the main group's.
       transform: of every group.
       smooth: exponents (weight, activation) of the start of ``d``.
       clip: whether clipping factors are learned (LWC and LAC).
-      lwc_start: LWC's factors at the start; None for those that round a Gaussian of the group's width best, as LAC's. FlatQuant's is 0.982,
+      lwc_start: LWC's factors at the start; by default those that round a Gaussian of the group's width best, as LAC's. FlatQuant's is 0.982,
         which the few steps of a light training hardly move.
-      cws, mac: the two branches.
-      cws_rate, mac_rate: ranks as a share of ``min(D_m, N)``; None for 2 % and 3 %, at 2-bit activations 3 % and 5 %.
+      cws: cross-modal weight smoothing, the branch that takes a low-rank part out of the weight.
+      mac: modality-specific activation compensation, the branch that sends the activations' residual on.
+      cws_rate: CWS's rank as a share of ``min(D_m, N)``; by default 2 %, at 2-bit activations 3 %.
+      mac_rate: MAC's; by default 3 %, at 2-bit activations 5 %.
       mac_tokens: the tokens that MAC serves.
       svd_per: one SVD a site or one a layer.
-      cws_start, mac_start: start of G's diagonal for ``gated`` (and the scale of V for ``free``). 0 is a branch that is not there yet. CWS
-        takes its product out of the main weight: at 1 its 4-bit factors lose more than that saves. MAC may as well start at 1.
+      cws_start: start of the diagonal of CWS's gate (``free``: the scale of V). 0 is a branch that is not there yet; at 1 its 4-bit factors
+        lose more than it saves in the main weight.
+      mac_start: start of MAC's gate, which may as well be 1.
       rounding: of weights: ``nearest``, or ``gptq``, which repairs each row's error in the rows after it, over all groups of a site, and what
-        CWS's factors lose by their own rounding too (needs statistics collected with ``gram=True``).
+        CWS's factors lose by their own rounding too (needs the statistics' Gram matrices).
       train: whether `calib.fit` has anything to learn.
       vision: the vision tower's scheme, or ``float``. It has one modality, so it gets neither split nor branches.
       sites: patterns of what is quantized; one that matches nothing is an error.
@@ -136,7 +139,7 @@ def parse_scheme(scheme: str) -> tuple[int, int]:
     Raises:
       InputError: for anything else.
     """
-    match = re.fullmatch(r"w(\d+)a(\d+)", scheme.lower())
+    match = re.fullmatch(r"w(\d{1,3})a(\d{1,3})", scheme.lower())
     if match is None:
         raise InputError(f"scheme {scheme!r}: expected wXaY, for example w4a4")
     return int(match[1]), int(match[2])

@@ -14,7 +14,7 @@ from splitq_jax import calib, recipes
 from splitq_jax.calib import blocks
 from splitq_jax.calib.jsonl import Jsonl
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig, token_weights
-from splitq_jax.calib.run import Run, fingerprint
+from splitq_jax.calib.run import Run, discard, fingerprint
 from splitq_jax.errors import InputError
 from splitq_jax.linear import linear
 from splitq_jax.mocd import FIRST, TEXT, VISION, SplitSize, select
@@ -222,6 +222,19 @@ def test_other_runs_are_kept_apart(tiny, tmp_path):
     (tmp_path / "writer.pid").write_text("1")  # a process that lives
     with pytest.raises(InputError, match="process 1 writes"):
         Run(tmp_path, key)
+    (tmp_path / "writer.pid").write_text("no number")
+    Run(tmp_path, key).close()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(InputError, match="damaged"):
+        Run(tmp_path, key)
+    assert not (tmp_path / "writer.pid").exists()
+    (tmp_path / "mine.txt").write_text("x")
+    discard(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(InputError, match="holds other files"):
+        Run(tmp_path, key)
+    with pytest.raises(InputError, match="cannot be made"):
+        Run(tmp_path / "mine.txt", key)
 
 
 def test_site_errors_are_numpys(tiny, stats):
@@ -306,6 +319,8 @@ def test_questions_of_ones_own(tmp_path):
     assert data.count("train") == 2
     assert [r["image_id"] for r in data.records("train")] == [1, 3]
     assert data.records("train", [1])[0]["image"] == tmp_path / "a.png"
+    file.write_text(json.dumps(good | {"question": "one\u2028two\u0085"}, ensure_ascii=False), encoding="utf-8")
+    assert Jsonl(file).records("train")[0]["question"] == "one\u2028two\u0085"
     for line, message in (
         ("", "empty"),
         ("{", "line 1: not JSON"),
@@ -314,6 +329,9 @@ def test_questions_of_ones_own(tmp_path):
         (json.dumps(good | {"answer": " "}), "line 1: answer"),
         (json.dumps(good | {"image": "b.png"}), "line 1: image 'b.png' is no file"),
         (json.dumps(good | {"image": "https://x.org/a.png"}), "line 1: image"),
+        (json.dumps(good | {"image": "a" * 300}), "is no file"),
+        (json.dumps(good | {"question": "\ud800"}), "line 1: not JSON"),
+        ("[" * 100_000, "line 1: not JSON"),
     ):
         file.write_text(line)
         with pytest.raises(InputError, match=message):

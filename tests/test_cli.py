@@ -2,11 +2,17 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from folders import change_json
 from PIL import Image
 from tiny import CONFIG, model_and_params
 from tokenizers import Tokenizer, pre_tokenizers
@@ -15,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import splitq_jax as sq
 from splitq_jax import models
-from splitq_jax.cli import main
+from splitq_jax.cli import _interrupt_again, main
 from splitq_jax.output import progress_bar
 
 IMAGE, END = 90, 1
@@ -91,6 +97,7 @@ def test_from_a_folder_to_an_answer(home: Path, capsys: pytest.CaptureFixture[st
     assert model.config.num_layers == 2 and sq.effective_bits(params) > 4
 
 
+QUANTIZE = ["MODEL", "--out", "OUT", "--data", "SET", *FAST]
 REFUSED = {
     "bits 0": (["quantize", "MODEL", "--out", "OUT", "--scheme", "w0a4"], "w0a4"),
     "bits 17": (["quantize", "MODEL", "--out", "OUT", "--scheme", "w4a17"], "w4a17"),
@@ -108,7 +115,22 @@ REFUSED = {
     "no tokens": (["generate", "MODEL", "what", "--max-new-tokens", "0"], "max_new_tokens 0"),
     "not quantized": (["inspect", "FLAX"], "not quantized"),
     "converted already": (["convert", "FLAX", "--out", "OUT"], "is converted already"),
-    "output is a model": (["convert", "MODEL", "--out", "MODEL", "--overwrite"], "left alone"),
+    "output is a model": (["convert", "MODEL", "--out", "MODEL", "--overwrite"], "which is read"),
+    "output is another model": (["convert", "MODEL", "--out", "FLAX", "--overwrite"], "left alone"),
+    "output holds the model": (["quantize", "MODEL", "--out", "HERE", "--overwrite", "--data", "SET"], "which is read"),
+    "no folder's name": (["convert", "MODEL", "--out", "a\0b"], "no folder's name"),
+    "a run folder of another's": (["quantize", *QUANTIZE, "--run-folder", "MODEL"], "holds other files"),
+    "a run folder that is a file": (["quantize", *QUANTIZE, "--run-folder", "SET"], "run folder"),
+    "no seed": (["calibrate", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "4", "--seed", "-1"], "--seed -1"),
+    "no rate": (["calibrate", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "4", "--split-rate", "nan"], "split rate nan"),
+    "no statistics": (["quantize", *QUANTIZE, "--stats", "FLAX"], "holds no statistics"),
+    "config of another model": (["generate", "FLAX", "what"], "config.text.ropes"),
+    "plots over a file": (["inspect", "FLAX", "--plots", "SET"], "--plots"),
+    "a quantized reference": (["eval", "MODEL", "--data", "SET", "--reference", "FLAX"], "is quantized"),
+    "endless answer": (["generate", "MODEL", "what", "--max-new-tokens", "99999999999"], "max_new_tokens 99999999999"),
+    "long scheme": (["quantize", *QUANTIZE, "--scheme", f"w{'9' * 5000}a4"], "wXaY"),
+    "no such size": (["demo", "--size", "foo"], "--size 'foo'"),
+    "no demo seed": (["demo", "--seed", "-1"], "--seed -1"),
     "output exists": (["convert", "MODEL", "--out", "FLAX"], "--overwrite"),
     "no limit": (["eval", "MODEL", "--data", "SET", "--limit", "0"], "--limit 0"),
 }
@@ -122,16 +144,60 @@ def test_what_is_refused_leaves_nothing_behind(name: str, home: Path, tmp_path: 
     (tmp_path / "text.jsonl").write_text(json.dumps(sample))
     (tmp_path / "corrupt.png").write_bytes((home / "0.png").read_bytes()[:60])
     (tmp_path / "corrupt.jsonl").write_text(json.dumps(sample | {"image": "corrupt.png"}))
-    if name in ("not quantized", "converted already"):
+    if name in ("not quantized", "converted already", "no statistics", "config of another model"):
         shutil.rmtree(tmp_path / "flax")
         assert run("convert", tmp_path / "model", "--out", tmp_path / "flax") == 0
-    places = {"MODEL": "model", "FLAX": "flax", "OUT": "out", "NONE": "none", "TEXT": "text.jsonl", "CORRUPT": "corrupt.jsonl"}
+    if name in ("plots over a file", "a quantized reference"):
+        shutil.rmtree(tmp_path / "flax")
+        quantized = ["--out", tmp_path / "flax", "--method", "rtn", *FAST, "--data", home / "set.jsonl"]
+        assert run("quantize", tmp_path / "model", *quantized) == 0
+    if name == "config of another model":
+        change_json(
+            tmp_path / "flax" / "config.json", lambda config: config["text_config"].update(rope_theta=5.0, rope_parameters=None)
+        )
+    places = {
+        "MODEL": "model",
+        "FLAX": "flax",
+        "OUT": "out",
+        "HERE": ".",
+        "NONE": "none",
+        "TEXT": "text.jsonl",
+        "CORRUPT": "corrupt.jsonl",
+    }
     before = sorted(tmp_path.rglob("*"))
     arguments, message = REFUSED[name]
     paths = {k: str(tmp_path / v) for k, v in places.items()} | {"SET": str(home / "set.jsonl")}
     assert run(*[paths.get(a, a) for a in arguments]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_foreign_folder_is_not_deleted(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run" / "thesis.txt").write_text("x")
+    quantized = ["--out", tmp_path / "out", "--method", "rtn", *FAST, "--data", home / "set.jsonl"]
+    assert run("quantize", home / "model", *quantized) == 0
+    assert (tmp_path / "out.run" / "thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_command_that_is_ended_leaves_nothing(number: int, home: Path, tmp_path: Path) -> None:
+    arguments = ["calibrate", home / "model", "--out", tmp_path / "out", "--data", home / "set.jsonl", "--samples", "4"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "splitq_jax.cli", *map(str, arguments)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.poll() is None and not any(tmp_path.iterdir()):  # until the hidden folder is there
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate()
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], said
+    assert "Traceback" not in said and not any(tmp_path.iterdir())
+
+
+def test_an_interruption_that_a_callback_swallows_comes_again() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt_again(SimpleNamespace(exc_value=KeyboardInterrupt()))
+        time.sleep(5)
 
 
 def test_unknown_flags_and_commands(capsys: pytest.CaptureFixture[str]) -> None:

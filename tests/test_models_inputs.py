@@ -148,12 +148,16 @@ def auto_map(name: str) -> Callable[[Path], Any]:
 
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
-    "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "no preprocessor_config.json"),
-    "empty processor": (write("preprocessor_config.json", {}), "no preprocessor_config.json"),
+    "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json is missing or empty"),
+    "no spread": (write("preprocessor_config.json", {"image_std": [0, 0, 0]}), "image_std is"),
+    "empty processor": (write("preprocessor_config.json", {}), "preprocessor_config.json is missing or empty"),
     "broken tokenizer": (write("tokenizer.json", "{"), "the tokenizer cannot be read"),
     "other tokenizer": (write("tokenizer.json", {"version": "9"}), "the tokenizer cannot be read"),
     "broken processor": (write("preprocessor_config.json", "["), r"preprocessor_config\.json: not JSON"),
-    "processor of another kind": (write("processor_config.json", {"image_processor": [1]}), "no preprocessor_config.json"),
+    "processor of another kind": (
+        write("processor_config.json", {"image_processor": [1]}),
+        "preprocessor_config.json is missing or empty",
+    ),
     "unknown processor": (
         write("preprocessor_config.json", {"image_processor_type": "PixtralImageProcessor"}),
         "'PixtralImageProcessor'",

@@ -187,7 +187,8 @@ def _dispatch(
     """
     if backend not in (None, "reference", *PLATFORMS):
         raise InputError(f"backend {backend!r}; expected None, 'reference', {', '.join(map(repr, PLATFORMS))}")
-    product = jax.custom_jvp(lambda *args: over_devices(partial(_on_platform, on, backend), *args, columns))
+    run = partial(_on_platform, on, backend)
+    product = jax.custom_jvp(lambda tokens, w, bias: over_devices(run, tokens, w, bias, columns))
     product.defjvp(_no_derivative)
     return product(tokens, w, bias)
 
