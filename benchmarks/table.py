@@ -1,6 +1,6 @@
 """Prints a result file as Markdown, seeds averaged: ``python benchmarks/table.py benchmarks/results/demo_light.json``.
 
-Without a file it writes the README's two tables from ``benchmarks/results`` anew.
+Without a file it writes the tables of both READMEs from ``benchmarks/results`` anew.
 """
 
 import argparse
@@ -20,15 +20,11 @@ NAMES = {
     "mocd": "MOCD",
     "mocd+cws": "MOCD + CWS",
     "splitq": "**SplitQ** (MOCD + CWS + MAC)",
+    "splitq-fixed": "SplitQ, fixed factors",
     "splitq,side_bits=8": "SplitQ, 8-bit side groups",
     "splitq,mac_tokens=vision": "SplitQ, MAC on vision tokens",
-    "splitq-fixed": "SplitQ, fixed factors",
-    "flatquant,rounding=gptq": "FlatQuant, GPTQ",
-    "random,rounding=gptq": "FlatQuant + random channels, GPTQ",
-    "mocd,rounding=gptq": "MOCD, GPTQ",
-    "mocd+cws,rounding=gptq": "MOCD + CWS, GPTQ",
-    "splitq,rounding=gptq": "**SplitQ**, GPTQ",
 }
+GPTQ = "rounding=gptq"
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
 Rows = list[dict[str, Any]]
 
@@ -59,6 +55,12 @@ def markdown(rows: Rows) -> str:
             share, spread = 100 * right / exact["accuracy"], f"{kl.min():.3f}–{kl.max():.3f}"
             lines.append(f"| {method} | {100 * right:.1f} % | {share:.1f} % | {kl.mean():.3f} | {spread} | {bits:.2f} | {seeds} |")
     return "\n".join(lines)
+
+
+def rounded(rows: Rows, gptq: bool) -> Rows:
+    """Return the rows of one way to round weights, which then no longer stands in their methods' names."""
+    chosen = [row for row in rows if (GPTQ in row["method"].split(",")) == gptq]
+    return [row | {"method": row["method"].removesuffix(f",{GPTQ}")} for row in chosen]
 
 
 def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "") -> str:
@@ -94,21 +96,23 @@ def rows_of(*files: Path) -> Rows:
     return [row for file in files for row in json.loads(file.read_text())["rows"]]
 
 
-def readme_tables() -> dict[str, str]:
-    """Return the README's tables by the names of their marks."""
+def tables() -> dict[str, str]:
+    """Return the READMEs' tables by the names of their marks."""
     results = ROOT / "benchmarks/results"
     names = ("demo_light*", "demo_full*", "smolvlm_light*")
     light, full, large = (rows_of(*(f for f in sorted(results.glob(name)) if not f.stem.endswith("_8_channels"))) for name in names)
     further = (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
+    gptq = [(s.upper(), rounded(light, True), s) for s in SCHEMES]
     return {
-        "light": compared([(s.upper(), light, s) for s in SCHEMES], bits_of="w4a4"),
-        "further": compared([(f"{title}, {s.upper()}", rows, s) for title, rows in further for s in SCHEMES]),
+        "gptq": compared(gptq + [(f"{s.upper()}, 480 steps", rounded(full, True), s) for s in SCHEMES]),
+        "nearest": compared([(s.upper(), rounded(light, False), s) for s in SCHEMES], bits_of="w4a4"),
+        "further": compared([(f"{title}, {s.upper()}", rounded(rows, False), s) for title, rows in further for s in SCHEMES]),
     }
 
 
 def refreshed(text: str) -> str:
-    """Return the README with its tables as the results have them."""
-    for mark, table in readme_tables().items():
+    """Return a README with its tables as the results have them."""
+    for mark, table in tables().items():
         start, end = f"<!-- table:{mark} -->\n", f"\n<!-- /table:{mark} -->"
         text = re.sub(re.escape(start) + ".*?" + re.escape(end), lambda _, t=start + table + end: t, text, flags=re.DOTALL)
     return text
@@ -121,5 +125,5 @@ if __name__ == "__main__":
     if file is not None:
         print(markdown(rows_of(file)))
     else:
-        readme = ROOT / "README.md"
-        readme.write_text(refreshed(readme.read_text()))
+        for readme in (ROOT / "README.md", ROOT / "benchmarks/README.md"):
+            readme.write_text(refreshed(readme.read_text()))

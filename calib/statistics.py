@@ -89,7 +89,7 @@ def collect(
             part = {n: _over_samples(v, hidden.x.shape[0]) for n, v in part.items()}
             sums = part if not sums else {name: _add(sums[name], part[name]) for name in part}
         for name, s in sums.items():
-            finite(f"{block_name(i)}/{name}", s["abs_sum"], "activations")  # a maximum may leave NaN out, see `numerics.scale_of`
+            finite(f"{block_name(i)}/{name}", s["abs_sum"], "activations")  # XLA's maxima of many leave NaN out on CPU
         chosen = {n: np.asarray(top(s["absmax"][VISION], split.channels(s["absmax"].shape[1]))) for n, s in sums.items()}
         main = {n: ~np.isin(np.arange(s["absmax"].shape[1]), chosen[n]) for n, s in sums.items()}
         ranks: dict[str, np.ndarray] = {}

@@ -25,6 +25,15 @@ COMMANDS = {
     "inspect": "show a quantized model layer by layer: bits, groups, ranks, bytes, error, split channels",
 }
 
+USAGES = {  # what comes before the flags
+    "convert": "MODEL --out OUT",
+    "calibrate": "MODEL --out OUT",
+    "quantize": "MODEL --out OUT",
+    "eval": "MODEL",
+    "generate": "MODEL QUESTION",
+    "inspect": "MODEL",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is 0, 2 for input that is refused, 130 when interrupted."""
@@ -58,7 +67,9 @@ def _run(arguments: list[str]) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((a for a in arguments if not a.startswith("-")), None)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        # argparse's own names all flags, before every error
+        usage = f"splitq {name} {USAGES[name]} [flags]" if name in USAGES else f"splitq {name} [flags]"
+        command = commands.add_parser(name, usage=usage, help=text, description=text[0].upper() + text[1:] + ".")
         if name == chosen:
             module = import_module("splitq_jax.commands")
             getattr(module, f"add_{name}")(command)

@@ -68,14 +68,15 @@ def _align(clip: Float[Array, "*C"], like: Float[Array, "*B1"]) -> Float[Array, 
 
 
 def scale_of(x: Float[Array, "*B"], bits: Bits, clip: Float[Array, " 2 *C"] | None = None, axis: int = -1) -> Float[Array, "*B1"]:
-    """Return the step between codes, ``clip * absmax / (2^(b-1) - 1)``; 1 where all entries are zero, NaN where one is NaN."""
+    """Return the step between codes, ``clip * absmax / (2^(b-1) - 1)``; 1 where all entries are zero.
+
+    NaN where one is NaN, but for what XLA's maxima of many leave out on CPU (see `splitq_jax.kernels.reference.quantize`).
+    """
     _, top = code_range(bits)
     absmax = clipped_absmax(x, clip, axis)
     # on the quotient: a denormal absmax would underflow to a zero step
     step = absmax / top.astype(absmax.dtype)
-    step = jnp.where(step <= np.finfo(np.float32).tiny, jnp.ones_like(step), step)
-    # said apart: a maximum of many leaves NaN out on CPU, and codes cannot hold it
-    return jnp.where(jnp.any(jnp.isnan(x), axis=axis, keepdims=True), jnp.nan, step)
+    return jnp.where(step <= np.finfo(np.float32).tiny, jnp.ones_like(step), step)  # NaN stays
 
 
 def _limits(bits: Bits, dtype: Any) -> tuple[Float[Array, ""], Float[Array, ""]]:

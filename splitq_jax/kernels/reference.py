@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float
 
@@ -52,6 +53,13 @@ def quantize(x: Float[Array, "M K"], bits: int, clip: Float[Array, " 2"] | None)
     if bits >= FLOAT_BITS:
         return x, None
     scale = scale_of(x, bits, clip)
+    # codes cannot hold NaN, and XLA's maxima of many leave it out on CPU
+    broken = jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: jnp.any(jnp.isnan(x), axis=1, keepdims=True),
+        default=lambda x: jnp.zeros((x.shape[0], 1), bool),
+    )
+    scale = jnp.where(broken, jnp.nan, scale)
     return encode(x, scale, bits), scale
 
 
