@@ -37,6 +37,11 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def on_all(mesh: Mesh, tree: Any) -> Any:
+    """Give every device the whole tree, wherever it was."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
 def block_name(i: int) -> str:
     """Return the path of decoder block ``i``."""
     return f"decoder/blocks_{i}"
@@ -61,7 +66,7 @@ def pad_rows(hidden: Hidden, multiple: int) -> Hidden:
 
 
 def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidden]:
-    """Run the vision tower, the projector and the embedding.
+    """Run the vision tower, the projector and the embedding; what comes out is float32, and so are the blocks then, whatever weights are.
 
     Raises:
       InputError: no batch at all.
@@ -71,10 +76,14 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
     empty = True
     for batch in batches:
         empty = False
-        out = jax.tree.map(np.asarray, _embed(model, outer, model.prepare(batch)))
+        out = jax.tree.map(_in_float32, _embed(model, outer, model.prepare(batch)))
         yield Hidden(out.x, out.context)
     if empty:
         raise InputError("calibration: the set is empty; give at least one image with a question and an answer")
+
+
+def _in_float32(a: Any) -> np.ndarray:
+    return np.asarray(a, np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else None)
 
 
 @partial(jax.jit, static_argnums=0)  # compiled once, however often a calibration set is read

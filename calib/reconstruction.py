@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 from rich.progress import Progress
@@ -29,6 +29,7 @@ from splitq_jax.calib.blocks import (
     embed,
     forward,
     merge,
+    on_all,
     pad_rows,
     place,
     sharded,
@@ -85,7 +86,7 @@ EFFORTS = {"light": FitConfig(steps=16), "full": FULL}
 
 @dataclass(frozen=True)
 class BlockError:
-    """Relative output error ``sum |e|^2 / sum |y - x|^2`` of one block on held-out samples, before and after training."""
+    """Relative output error ``sum |e|^2 / sum |y - x|^2`` of one block before and after training, on `fit`'s ``held_out``."""
 
     path: str
     before: float
@@ -135,20 +136,21 @@ def fit(
     count_step = counter(progress, "training blocks", depth * len(orders))
     errors = []
     for i in range(depth):
-        teacher, student = block_params(params, i), block_params(prepared, i)
-        sites = {k: v for k, v in kernels(student).items() if isinstance(v, TrainableSplit)}
+        teacher, untrained = on_all(mesh, block_params(params, i)), block_params(prepared, i)
+        sites = {k: v for k, v in kernels(untrained).items() if isinstance(v, TrainableSplit)}
+        start = {n: learnable(site) for n, site in sites.items()}
         advance = forward(model.block(i), mesh)
         step, optimizer, measure = _functions(model.block(i), mesh, config, samples)
         (y,) = advance(teacher, [data])
         (y_test,) = advance(teacher, [test]) if test is not None else (None,)
         probe, probe_y = (data, y) if test is None or y_test is None else (test, y_test)
         # on the mesh from the start: arrays placed otherwise would be compiled for apart
-        student, theta = jax.device_put((student, {n: learnable(site) for n, site in sites.items()}), NamedSharding(mesh, P()))
+        student, theta = on_all(mesh, (untrained, start))
         kept = None if run is None else run.load(i, theta)
         if kept is None or (measured and not np.isfinite(kept[1][1])):
             before = after_training = measure(student, theta, probe, probe_y) if measured else np.nan
             if jax.tree.leaves(theta):
-                state = jax.device_put(optimizer.init(theta), NamedSharding(mesh, P()))
+                state = on_all(mesh, optimizer.init(theta))
                 for order in orders:
                     part, target = pad_rows(take(data, order), mesh.size), pad_rows(take(y, order), mesh.size)
                     theta, state = step(student, theta, state, *place(mesh, (part.x, target.x, part.context)))
@@ -160,11 +162,15 @@ def fit(
                 if run is not None:
                     run.save(i, theta, (before, after_training))
             kept = theta, (before, after_training)
+        else:
+            for _ in orders:
+                count_step()
         theta, (before, after_training) = kept
         if measured:
             errors.append(BlockError(block_name(i), before, after_training))
-        student = replace_kernels(student, {n: with_learnable(site, theta[n]) for n, site in sites.items()})
-        prepared = {**prepared, "decoder": {**prepared["decoder"], f"blocks_{i}": student}}
+        theta = jax.tree.map(lambda learned, first: jax.device_put(learned, first.sharding), theta, start)  # where it was
+        trained = replace_kernels(untrained, {n: with_learnable(site, theta[n]) for n, site in sites.items()})
+        prepared = {**prepared, "decoder": {**prepared["decoder"], f"blocks_{i}": trained}}
         data, test = after(i, y), None if y_test is None else after(i, y_test)
     return prepared, errors
 
@@ -197,7 +203,7 @@ def token_weights(loss: Loss, x: Float[Array, "B L D"], y: Float[Array, "B L D"]
     return valid[..., None]
 
 
-@cache  # what is compiled for one recipe serves all schemes and seeds
+@cache  # what is compiled for one recipe serves all schemes and its seeds
 def _functions(block: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple[Any, Any, Callable[..., float]]:
     steps = len(_orders(samples, config))
 

@@ -27,6 +27,7 @@ from splitq_jax.calib.blocks import (
     data_mesh,
     embed,
     finite,
+    on_all,
     pad_rows,
     place,
     sharded,
@@ -76,9 +77,10 @@ def collect(
     check_modalities(hiddens, one_modality)
     stats = _vision_stats(model, params, batches, gram) if vision_tower else {}
     depth = model.config.num_layers
+    most = max(_texts(h, skip_first).sum(1).max() for h in hiddens)
     count_block = counter(progress, "collecting statistics", depth)
     for i in range(depth):
-        p = block_params(params, i)
+        p = on_all(mesh, block_params(params, i))
         first_pass, second_pass = _passes(model.block(i), mesh, skip_first, gram)
         sums: dict[str, dict[str, np.ndarray]] = {}
         outs = []
@@ -95,7 +97,7 @@ def collect(
         ranks: dict[str, np.ndarray] = {}
         for hidden in hiddens:
             padded = pad_rows(hidden, mesh.size)
-            where = text_positions(padded, skip_first, max(_texts(h, skip_first).sum(1).max() for h in hiddens))
+            where = text_positions(padded, skip_first, most)
             part = second_pass(p, place(mesh, padded.x), place(mesh, padded.context), place(mesh, where), main)
             part = jax.tree.map(np.asarray, part)
             ranks = part if not ranks else {n: ranks[n] + part[n] for n in part}

@@ -179,7 +179,7 @@ def pack(
     """
     by_image = sorted(data, key=lambda e: e.image_id)
     if not by_image:
-        raise InputError("easy-VQA: no question; give at least one image with a question and an answer")
+        raise InputError("no question; give at least one image with a question and an answer")
     room = max(lengths) if lengths else sys.maxsize
     groups = [list(group) for _, group in itertools.groupby(by_image, key=lambda e: e.image_id)]
     filled = [row for group in groups for row in _fill(group, render, room)]

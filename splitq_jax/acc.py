@@ -71,9 +71,9 @@ class LowRank:
         return None if gate is None else jnp.pad(gate, (at.start, self.rank - at.stop))
 
 
-def rank_of(rate: float, rows: int, columns: int, width: int) -> int:
-    """Return the rank: ``rate * min(rows, columns)``, at least 1, rounded up to a multiple of 16 where the site is 1024 or wider."""
-    rank = max(1, round(rate * min(rows, columns)))
+def rank_of(rate: float, narrowest: int, width: int) -> int:
+    """Return the rank: ``rate`` of ``narrowest`` = ``min(D_m, N)``, at least 1; up to a multiple of 16 where the site has 1024 channels."""
+    rank = max(1, round(rate * narrowest))
     return -(-rank // 16) * 16 if width >= 1024 else rank
 
 

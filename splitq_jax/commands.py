@@ -24,6 +24,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.eval.plots import channel_maxima
 from splitq_jax.flags import add_fields, given
 from splitq_jax.linear import SplitWeight
+from splitq_jax.manifest import read_manifest
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, output_folder, progress_bar
@@ -69,7 +70,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     _add_data(parser)
     parser.add_argument("--samples", type=int, default=128, help="calibration images (default: 128)")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples and of random factors (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn samples, their order and random factors (default: 0)")
     parser.add_argument("--split-rate", type=float, default=0.02, help="share of the channels in each side group (default: 0.02)")
     parser.add_argument(
         "--split-align",
@@ -99,7 +100,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def convert(options: argparse.Namespace) -> None:
     """Convert a Hugging Face folder, a leaf at a time."""
     if models.is_converted(options.model):
-        raise InputError(f"{options.model}: is converted already; give the folder that it was converted from, or copy it")
+        raise InputError(f"{options.model}: is converted or quantized already; give the folder that it was made from, or copy it")
     console = make_console()
     model, params = models.deferred(options.model, dtype=jnp.dtype(options.dtype), follow_links=options.follow_links)
     with _output(options) as folder, progress_bar(console) as bar:
@@ -147,9 +148,8 @@ def _collect(
     setup: Setup, options: argparse.Namespace, batches: Any, gram: bool, vision: bool, bar: Progress
 ) -> dict[str, SiteStats]:
     size = SplitSize(options.split_rate, options.split_align)
-    return calib.collect(
-        *(setup.model, setup.params, batches, size), skip_first=options.skip_first, gram=gram, vision_tower=vision, progress=bar
-    )
+    flags = {"skip_first": options.skip_first, "gram": gram, "vision_tower": vision}
+    return calib.collect(setup.model, setup.params, batches, size, mesh=calib.data_mesh(), progress=bar, **flags)
 
 
 def _provenance(setup: Setup, options: argparse.Namespace) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def quantize(options: argparse.Namespace) -> None:
     console = make_console()
     size = SplitSize(options.split_rate, options.split_align)
     chosen = recipe.named(options.method, options.scheme).replace(split=size, **given(options, recipe.Recipe))
-    config = FitConfig(**(vars(EFFORTS[options.effort]) | {"seed": options.seed} | given(options, FitConfig)))
+    config = FitConfig(**(vars(EFFORTS[options.effort]) | given(options, FitConfig)))
     setup = _float_setup(options)
     _print_plan(console, quantization.match(setup.params, chosen))
     runs = options.run_folder or options.out.with_name(f"{options.out.name}.run")
@@ -197,7 +197,7 @@ def quantize(options: argparse.Namespace) -> None:
                 stats = _collect(setup, options, batches, chosen.rounding == "gptq", chosen.vision != "float", bar)
             else:
                 stats = _restore_stats(setup, options)
-            done = quantized(setup, stats, chosen, config, batches, run_folder=runs, progress=bar)
+            done = quantized(setup, stats, chosen, config, batches, run_folder=runs, mesh=calib.data_mesh(), progress=bar)
         errors = calib.site_errors(setup.model, setup.params, done.params, batches)
         facts = {"site_errors": errors, "block_errors": [vars(e) for e in done.errors], "training": config, "seconds": done.seconds}
         sq.save(folder / PARAMS, done.params, recipe=chosen, config=setup.model.config, extra=_provenance(setup, options) | facts)
@@ -266,7 +266,7 @@ def evaluate(options: argparse.Namespace) -> None:
             rows.append(result_row(reference, params, "float", "float", 0, 0.0))
         result = evaluation.evaluate(setup.model, setup.params, questions, reference, progress=bar, label=str(options.model))
     manifest = options.model / PARAMS / "manifest.json"
-    made = (sq.checkpoint.read_manifest(manifest.parent) if manifest.is_file() else {}).get("recipe") or {}
+    made = (read_manifest(manifest.parent) if manifest.is_file() else {}).get("recipe") or {}
     method, scheme = made.get("method", "float"), made.get("scheme", "float")
     if rows and (method, scheme) == ("float", "float"):
         method = "float (MODEL)"

@@ -41,7 +41,7 @@ class DemoConfig:
       out: folder to write.
       scheme: weight and activation bits.
       method: what the checkpoint holds; the baselines are evaluated beside it.
-      effort: training of each block: ``light``, 16 steps, or ``full``, 480.
+      effort: training of each block: ``light``, 16 steps, or ``full``, 15 passes (480 steps for 128 images).
       rounding: how the trained methods round weights.
       limit: test questions; 0 for all 9,673.
       size: ``demo`` (8 blocks) or ``smolvlm`` (30).

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.progress import Progress
 
 from splitq_jax import calib, models, quantization
@@ -143,7 +144,7 @@ class Outcome:
 
     Attributes:
       params: the frozen tree.
-      errors: the blocks' held-out errors.
+      errors: of the blocks (see `calib.fit`).
       seconds: to quantize and train.
     """
 
@@ -161,6 +162,7 @@ def quantized(
     *,
     held_out: Sequence[Batch] | None = (),
     run_folder: Path | None = None,
+    mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Prepare, train and freeze one recipe.
@@ -173,6 +175,7 @@ def quantized(
       batches: the calibration set.
       held_out: what the blocks' errors are measured on (see `calib.fit`).
       run_folder: where finished blocks are kept until the end, to resume an interrupted run; None keeps nothing.
+      mesh: devices to share the samples (axis ``data``).
       progress: a rich progress bar to add tasks to.
 
     Raises:
@@ -187,7 +190,7 @@ def quantized(
             run = Run(run_folder, fingerprint(setup.params, list(batches), recipe, config, jax.__version__))
         try:
             prepared, errors = calib.fit(
-                *(setup.model, setup.params, prepared, batches, config), held_out=held_out, run=run, progress=progress
+                *(setup.model, setup.params, prepared, batches, config), held_out=held_out, run=run, mesh=mesh, progress=progress
             )
         finally:
             if run is not None:
@@ -198,14 +201,14 @@ def quantized(
 
 
 def result_row(result: evaluation.Result, params: Params, method: str, scheme: str, seed: int, seconds: float) -> evaluation.Row:
-    """Return the table's row of an evaluated tree; a float tree stores 32 bits a weight."""
-    bits = quantization.effective_bits(params)
+    """Return the table's row of an evaluated tree; of a float tree with its own bits a weight."""
+    bits, kernel = quantization.effective_bits(params), next(iter(quantization.kernels(params).values()))
     return evaluation.row_of(
         result,
         method=method,
         scheme=scheme,
         seed=seed,
-        effective_bits=32.0 if np.isnan(bits) else bits,
+        effective_bits=8.0 * kernel.dtype.itemsize if np.isnan(bits) else bits,
         size=quantization.stored_bytes(params),
         seconds=seconds,
     )

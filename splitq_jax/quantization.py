@@ -85,9 +85,11 @@ def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> P
     Raises:
       InputError: statistics or Gram matrices that the recipe needs are missing; a rank above ``min(D_m, N)``.
     """
-    leaves = {}
+    leaves, found = {}, kernels(params)
     for path, part in match(params, recipe).items():
-        w, columns = kernels(params)[path], layer_columns(params, path)
+        w, columns = found[path], layer_columns(params, path)
+        if not hasattr(w, "dtype"):
+            raise InputError(f"{path}: a {type(w).__name__}; prepare takes the float tree")
         needs_stats = part.select != "none" or part.transform in {"kron", "diag", "dense"} or part.rounding == "gptq"
         if needs_stats and path not in stats:
             tower = ", with the vision tower's (vision_tower=True, --vision-tower)" if path.startswith("vision/") else ""
@@ -98,7 +100,7 @@ def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> P
 
 
 def layer_columns(params: Params, path: str) -> tuple[int, ...]:
-    """Return the output sizes of the layers that a site fuses."""
+    """Return the output sizes of the layers that a site fuses; ``o`` reads as many channels as there are queries."""
     *parents, name = path.split("/")
     node = params
     for parent in parents:
@@ -113,7 +115,11 @@ def layer_columns(params: Params, path: str) -> tuple[int, ...]:
 def prepare_site(
     w: Float[Array, "D N"], stats: SiteStats | None, recipe: Recipe, seed: int, columns: tuple[int, ...], path: str
 ) -> TrainableSplit:
-    """Partition one site and set its learnable parts to their start (see `Recipe`)."""
+    """Partition one site and set its learnable parts to their start (see `Recipe`).
+
+    Raises:
+      InputError: statistics of another split; Gram matrices or rank that the recipe needs and the site has not.
+    """
     w = w.astype(jnp.float32)
     width = w.shape[0]
     if stats is None or recipe.select == "none":
@@ -142,7 +148,7 @@ def prepare_site(
         )
     if recipe.rounding == "gptq" and (stats is None or stats.gram is None):
         raise InputError(f"{path}: GPTQ needs Gram matrices; collect the statistics with them (gram=True, --gram)")
-    branches, kinds = start_branches(w[perm][: sizes[0]], recipe, columns, path)
+    branches, kinds = start_branches(w[perm][: sizes[0]], recipe, width, columns, path)
     return TrainableSplit(
         w=w,
         perm=perm,
@@ -174,18 +180,26 @@ def start_transform(recipe: Recipe, x_absmax: Float[Array, " K"], rows: Float[Ar
 
 
 def start_branches(
-    main: Float[Array, "K N"], recipe: Recipe, columns: tuple[int, ...], path: str
+    main: Float[Array, "K N"], recipe: Recipe, width: int, columns: tuple[int, ...], path: str
 ) -> tuple[acc.LowRank | None, tuple[acc.Branch, acc.Branch]]:
-    """Return CWS and MAC at their start, None where both are off, and their kinds."""
+    """Return CWS and MAC at their start, None where both are off, and their kinds (arXiv 2605.19929, sec. 3.3).
+
+    Args:
+      main: the main group's rows of the weight.
+      recipe: kinds, rates and starts.
+      width: D, the site's channels.
+      columns: the output sizes of the site's layers.
+      path: for messages.
+
+    Raises:
+      InputError: a rank above ``min(D_m, N)``.
+    """
     w_bits, a_bits = recipe.main_bits
     no_residual = a_bits >= FLOAT_BITS and w_bits < FLOAT_BITS  # MAC has nothing to send where activations are not quantized
     kinds: tuple[acc.Branch, acc.Branch] = (recipe.cws, "off" if no_residual else recipe.mac)
     per_layer = columns if recipe.svd_per == "layer" else None
     narrowest = min(main.shape[0], min(columns) if per_layer else main.shape[1])
-    ranks = [
-        0 if kind == "off" else acc.rank_of(rate, main.shape[0], narrowest, main.shape[0])
-        for kind, rate in zip(kinds, recipe.rates, strict=True)
-    ]
+    ranks = [0 if kind == "off" else acc.rank_of(rate, narrowest, width) for kind, rate in zip(kinds, recipe.rates, strict=True)]
     if not any(ranks):
         return None, kinds
     if max(ranks) > narrowest:
@@ -209,9 +223,16 @@ def freeze(params: Params, recipe: Recipe) -> Params:
     Args:
       params: `prepare`'s tree, trained or not.
       recipe: the same recipe; bits are static here.
+
+    Raises:
+      InputError: another tree than `prepare`'s.
     """
-    parts = match(params, recipe)
-    return replace_kernels(params, {path: freeze_site(kernels(params)[path], part) for path, part in parts.items()})
+    leaves, found = {}, kernels(params)
+    for path, part in match(params, recipe).items():
+        if not isinstance(found[path], TrainableSplit):
+            raise InputError(f"{path}: a {type(found[path]).__name__}; freeze takes the tree of `prepare`, with the same recipe")
+        leaves[path] = freeze_site(found[path], part)
+    return replace_kernels(params, leaves)
 
 
 def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
@@ -253,7 +274,17 @@ def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> 
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """What a quantized site holds."""
+    """What a quantized site holds.
+
+    Attributes:
+      path: its place in the tree.
+      shape: ``(D, N)``.
+      bits: (weight, activation) of the main group.
+      groups: channels of the main, the text and the vision group.
+      ranks: of CWS and MAC.
+      stored_bytes: codes, scales, transforms, branches, permutation.
+      effective_bits: the same in bits a weight.
+    """
 
     path: str
     shape: tuple[int, int]

@@ -21,12 +21,13 @@ class Recipe:
 
     Attributes:
       scheme: ``wXaY``: X-bit weights, Y-bit activations; 16 is not quantized.
-      method: a name for tables.
+      method: the recipe's name, in tables.
       select: how side channels are chosen.
       clusters: k of MOCD's k-means.
       split: size of the side groups.
       side_bits: bits of side groups, branches and MAC's residual; by default ``max(4, bits)``; 0 for the main group's.
-      transform: of every group.
+      transform: of every group: ``kron``, FlatQuant's Kronecker pair; ``diag``, SmoothQuant's scales; ``hadamard``, QuaRot's rotation;
+        ``dense``, one full matrix; ``none``.
       smooth: exponents (weight, activation) of the start of ``d``.
       clip: whether clipping factors are learned (LWC and LAC).
       lwc_start: LWC's factors at the start; by default those that round a Gaussian of the group's width best, as LAC's. FlatQuant's is 0.982,
@@ -34,15 +35,15 @@ class Recipe:
       cws: cross-modal weight smoothing, the branch that takes a low-rank part out of the weight.
       mac: modality-specific activation compensation, the branch that sends the activations' residual on.
       cws_rate: CWS's rank as a share of ``min(D_m, N)``; by default 2 %, at 2-bit activations 3 %.
-      mac_rate: MAC's; by default 3 %, at 2-bit activations 5 %.
+      mac_rate: MAC's rank as a share of ``min(D_m, N)``; by default 3 %, at 2-bit activations 5 %.
       mac_tokens: the tokens that MAC serves.
       svd_per: one SVD a site or one a layer.
       cws_start: start of the diagonal of CWS's gate (``free``: the scale of V). 0 is a branch that is not there yet; at 1 its 4-bit factors
         lose more than it saves in the main weight.
       mac_start: start of MAC's gate, which may as well be 1.
-      rounding: of weights: ``nearest``, or ``gptq``, which repairs each row's error in the rows after it, over all groups of a site, and what
-        CWS's factors lose by their own rounding too (needs the statistics' Gram matrices).
-      train: whether `calib.fit` has anything to learn.
+      rounding: how weights are rounded: ``nearest``, or ``gptq``, which repairs each row's error in the rows after it, over all groups of a
+        site, and what CWS's factors lose by their own rounding too (needs the statistics' Gram matrices).
+      train: whether transforms, clips and gates are trained block by block.
       vision: the vision tower's scheme, or ``float``. It has one modality, so it gets neither split nor branches.
       sites: patterns of what is quantized; one that matches nothing is an error.
       seed: of random factors and random channels.
@@ -82,7 +83,9 @@ class Recipe:
         if self.side_bits not in (None, 0):
             check_bits(self.side_bits, WEIGHT_BITS, "side_bits")
         if self.vision != "float":
-            parse_scheme(self.vision)
+            w_bits, a_bits = parse_scheme(self.vision)
+            check_bits(w_bits, WEIGHT_BITS, f"vision {self.vision!r}, weights")
+            check_bits(a_bits, ACTIVATION_BITS, f"vision {self.vision!r}, activations")
         for name, value, allowed in (
             ("select", self.select, SELECTORS),
             ("transform", self.transform, get_args(TransformKind)),
@@ -172,7 +175,7 @@ def flatquant(scheme: str) -> Recipe:
 
 def random_channels(scheme: str) -> Recipe:
     """FlatQuant on three groups with randomly chosen side channels: the control for MOCD's choice."""
-    return Recipe(scheme, "random", select="random", cws="off", mac="off")
+    return Recipe(scheme, "random-channels", select="random", cws="off", mac="off")
 
 
 def mocd(scheme: str) -> Recipe:
@@ -182,7 +185,7 @@ def mocd(scheme: str) -> Recipe:
 
 def mocd_cws(scheme: str) -> Recipe:
     """SplitQ without MAC."""
-    return Recipe(scheme, "mocd+cws", mac="off")
+    return Recipe(scheme, "mocd-cws", mac="off")
 
 
 def splitq(scheme: str) -> Recipe:

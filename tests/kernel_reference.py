@@ -202,7 +202,8 @@ def given_operands(seed, count, w: SplitWeight) -> operands.Activations:
     low, high = -(2 ** (main.a_bits - 1)), 2 ** (main.a_bits - 1)
     values = rng.integers(low, high, (count, main.w.rows)).astype(np.int8)
     scale = np.exp(rng.standard_normal((count, 1))).astype(np.float32)
-    values[1 % count], scale[min(2, count - 1)] = 0, 1e20
+    if count > 1:  # else the only token would be zeros
+        values[1], scale[min(2, count - 1)] = 0, 1e20
     values = np.pad(values, ((0, 0), (0, main.w.padded_rows - main.w.rows)))
     parts = [
         np.pad(rng.standard_normal((count, s.w.rows)) * scale, ((0, 0), (0, s.w.padded_rows - s.w.rows)))

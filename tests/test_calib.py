@@ -3,6 +3,7 @@ import json
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -203,6 +204,17 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tiny, stats, tm
     assert not none
     jax.tree.map(np.testing.assert_array_equal, whole, unmeasured)
     assert errors == again
+
+
+def test_bfloat16_weights_are_calibrated_in_float32(tiny):
+    model, params = tiny
+    low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    recipe = recipe_of("splitq")
+    stats = calib.collect(model, low, batches(2), recipe.split)
+    trained, errors = calib.fit(model, low, prepare(low, stats, recipe), batches(2), SHORT)
+    assert len(errors) == 2 and all(np.isfinite(e.after) for e in errors)
+    leaves = jax.tree.leaves([site.groups for site in kernels(trained).values()])
+    assert {leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)} == {jnp.dtype(jnp.float32)}
 
 
 def test_other_runs_are_kept_apart(tiny, tmp_path):

@@ -114,7 +114,7 @@ REFUSED = {
     "no such share": (["generate", "MODEL", "what", "--temperature", "1", "--top-p", "0"], "top_p 0"),
     "no tokens": (["generate", "MODEL", "what", "--max-new-tokens", "0"], "max_new_tokens 0"),
     "not quantized": (["inspect", "FLAX"], "not quantized"),
-    "converted already": (["convert", "FLAX", "--out", "OUT"], "is converted already"),
+    "converted already": (["convert", "FLAX", "--out", "OUT"], "converted or quantized already"),
     "output is a model": (["convert", "MODEL", "--out", "MODEL", "--overwrite"], "which is read"),
     "output is another model": (["convert", "MODEL", "--out", "FLAX", "--overwrite"], "left alone"),
     "output holds the model": (["quantize", "MODEL", "--out", "HERE", "--overwrite", "--data", "SET"], "which is read"),

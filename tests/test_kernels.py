@@ -167,7 +167,14 @@ def test_transforms_come_before_the_quantizer(backend):
     """Codes differ from float64's only where the transformed value lies within float32's error of a tie."""
     w = site_of(6, 1536, 128, (4, 4), clip=0.95)
     x = tokens_of(6, 24, 1536)
-    got = run(api.quantize_activations, x, w, None, backend=backend)
+    text = jnp.arange(24) % 2 == 0
+    got, exact = (run(api.quantize_activations, x, w, text, backend=b) for b in (backend, "reference"))
+    at = 0
+    for segment in operands.segments(w):  # a code that falls otherwise moves a row of U
+        part, there = (np.asarray(s[:, at : at + segment.w.rows], np.float64) for s in (got.side, exact.side))
+        near = np.abs(part - there) <= 2.0**-6 * np.abs(there).max(1, keepdims=True)
+        assert near.mean() > 0.98 and near.mean(1).min() > 0.5
+        at += segment.w.padded_rows
     k, group = w.groups[0].w.rows, w.groups[0]
     chosen = np.asarray(x.astype(jnp.float32), np.float64)[:, np.asarray(w.perm)[:k]] * np.asarray(group.transform.d, np.float64)
     p = np.kron(np.asarray(group.transform.p1, np.float64), np.asarray(group.transform.p2, np.float64))
@@ -222,6 +229,42 @@ def test_weight_only_matmul(backend, bits, count, width, group):
         decoded = decoded.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
     magnitude = np.abs(x64) @ np.abs(decoded)
     assert_close(got, x64 @ decoded + np.asarray(bias), magnitude, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("rows", [500, 1000])
+def test_three_bits_in_one_slab_that_is_no_multiple(rows):
+    w = quantize_matrix(jnp.asarray(np.random.default_rng(8).standard_normal((rows, 8)), jnp.float32), 3)
+    x, decoded = tokens_of(8, 1, rows), numpy_matrix(w)
+    x64 = np.asarray(x.astype(jnp.float32), np.float64)
+    assert_close(run(api.weight_only_matmul, x, w, backend="tpu"), x64 @ decoded, np.abs(x64) @ np.abs(decoded), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tpu"])
+def test_side_of_float_activations(backend):
+    w = site_of(9, 96, 24, (4, 16), side=8, ranks=(11, 0), transform=False)
+    x = tokens_of(9, 5, 96)
+    side = run(api.quantize_activations, x, w, None, backend=backend).side
+    main, *others = np.split(np.asarray(x.astype(jnp.float32), np.float64)[:, np.asarray(w.perm)], [80, 88], axis=1)
+    gate = np.asarray(w.branches.cws, np.float64) * np.asarray(w.branches.v.scale, np.float64)[:, 0]
+    u, at = numpy_matrix(w.branches.u), 0
+    expected = [(p, np.abs(p)) for p in others] + [(main @ u * gate, np.abs(main) @ np.abs(u) * np.abs(gate))]
+    for segment, (part, magnitude) in zip(operands.segments(w), expected, strict=True):
+        assert_close(side[:, at : at + segment.w.rows], part, magnitude, jnp.bfloat16)
+        at += segment.w.padded_rows
+
+
+def test_order_of_segments():
+    w = site_of(9, 96, 24, (4, 4), side=8, ranks=(11, 5))
+    for segment, matrix in zip(operands.segments(w), (w.groups[1].w, w.groups[2].w, w.branches.v), strict=True):
+        assert segment.w is matrix
+
+
+@pytest.mark.parametrize("served", ["text", "vision", "both"])
+def test_without_a_mask_all_tokens_are_text(served):
+    w = replace(site_of(9, 96, 24, (4, 4), side=8, ranks=(11, 5)), mac_tokens=served)
+    x = tokens_of(9, 4, 96, jnp.float32)
+    assert (linear(x, w) == linear(x, w, jnp.ones(4, bool))).all()
+    assert bool((linear(x, w) == linear(x, w, jnp.zeros(4, bool))).all()) == (served == "both")
 
 
 def test_sites_with_float_activations(backend):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_targets
-from kernel_reference import codes_off, mask_of, numpy_matrix, site_of, tokens_of, without_clips
+from kernel_reference import codes_off, mask_of, numpy_matrix, run, site_of, tokens_of, without_clips
 
-from splitq_jax.kernels import reference, tiles, tpu
+from splitq_jax.kernels import api, reference, tiles, tpu
 from splitq_jax.kernels.operands import gate_scales, segments
 from splitq_jax.kernels.tpu_prefill_plan import plan_of
 from splitq_jax.qtensor import quantize_matrix
@@ -67,6 +67,19 @@ def test_quantizer_of_many_tokens(name):
         assert (error > slack).mean() < 1e-3, (error / slack).max()
         at += segment.w.padded_rows
     assert at == got.side.shape[1]
+
+
+def test_two_steps_after_xla():
+    """Tokens in float32 are transformed by XLA, and the kernel takes 256 at a time."""
+    w = site_of(0, 96, 24, (4, 4), side=8, ranks=(3, 5))
+    x, text = tokens_of(0, 300, 96, jnp.float32), mask_of("mixed", 300)
+    assert plan_of(x, w, interpret=True) is None
+    got, expected = (run(api.quantize_activations, x, w, text, backend=b) for b in ("tpu", "reference"))
+    codes_off(got, expected, w.groups[0].w, rtol=1e-6, share=1e-3)
+    error = np.abs(np.asarray(got.side, np.float64) - np.asarray(expected.side, np.float64))
+    assert (error.max(1) <= 2.0**-6 * np.abs(np.asarray(expected.side)).max(1)).mean() > 0.95
+    unserved = run(api.quantize_activations, x, w, mask_of("vision", 300), backend="tpu").side
+    assert ((np.asarray(got.side) != np.asarray(unserved)).any(1) == (np.asarray(text) & np.asarray(x).any(1))).all()
 
 
 def test_channels_outside_their_windows_are_not_silently_wrong():

@@ -138,6 +138,8 @@ def test_wide_matrices_are_stored_in_whole_tiles():
     assert words.shape == (5 * 24, 2) and packing.padded_rows(1100, 3) == 1280  # slabs of 256 rows, three tiles of 8 words each
     # the second slab alone is rows 256 to 511: slabs can be dealt to devices
     assert (packing.unpack((words[24:48],), 3, 256) == codes[256:512]).all()
+    (words,) = packing.pack(jnp.asarray(codes[:512]), 3)  # whole slabs below 1024 rows are cut likewise
+    assert (packing.unpack((words[24:],), 3, 256) == codes[256:512]).all()
     (words,) = packing.pack(jnp.asarray(codes), 4, multiple=64)
     assert words.shape == (1152 // 8, 2) and (packing.unpack((words,), 4, 1100) == codes).all()
 

@@ -4,7 +4,7 @@
 reference everywhere else. A backend's name forces it: ``"tpu"`` and ``"gpu"`` are interpreted where there is none (slow, exact).
 What a backend does not take goes to the reference, and says why to the logger ``splitq_jax.kernels`` at level DEBUG.
 Each is jitted, so that a model traces and lowers a site once for every shape, not for every block, and on each platform. None has a
-derivative.
+derivative. The formulas are eq. 6, 8 and 10 of arXiv 2605.19929 (see `splitq_jax.kernels.operands`).
 """
 
 import importlib.util
@@ -87,7 +87,7 @@ def quantize_activations(
     The narrow operand is bfloat16, the tensor cores' type, on every backend but the forced reference, which leaves it in float32.
 
     Raises:
-      InputError: an unknown backend; tokens, a mask or a bias that do not fit the site.
+      InputError: an unknown backend; tokens or a mask that do not fit the site.
     """
     _check("quantize_activations", x, w, is_text)
     side = jnp.float32 if backend == "reference" else jnp.bfloat16
