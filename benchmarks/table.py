@@ -103,8 +103,9 @@ def tables() -> dict[str, str]:
     light, full, large = (rows_of(*(f for f in sorted(results.glob(name)) if not f.stem.endswith("_8_channels"))) for name in names)
     further = (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
     gptq = [(s.upper(), rounded(light, True), s) for s in SCHEMES]
+    gptq += [(f"{s.upper()}, 480 steps", rounded(full, True), s) for s in SCHEMES]
     return {
-        "gptq": compared(gptq + [(f"{s.upper()}, 480 steps", rounded(full, True), s) for s in SCHEMES]),
+        "gptq": compared(gptq).replace("| RTN |", "| GPTQ alone |"),
         "nearest": compared([(s.upper(), rounded(light, False), s) for s in SCHEMES], bits_of="w4a4"),
         "further": compared([(f"{title}, {s.upper()}", rounded(rows, False), s) for title, rows in further for s in SCHEMES]),
     }
