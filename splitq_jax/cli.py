@@ -50,9 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupt_again(unraisable: Any) -> None:
-    """Ctrl-C that falls into a callback of the garbage collector, such as JAX has one, would be printed and forgotten."""
-    if isinstance(unraisable.exc_value, KeyboardInterrupt):
-        threading.Timer(0.05, _thread.interrupt_main).start()
+    """Send a signal again that fell into a callback of the garbage collector, such as JAX has one: it would be printed and forgotten."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(type(unraisable.exc_value))
+    if number is not None:
+        threading.Timer(0.05, _thread.interrupt_main, [number]).start()
     else:
         sys.__unraisablehook__(unraisable)
 

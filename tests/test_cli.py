@@ -183,9 +183,9 @@ def test_a_foreign_folder_is_not_deleted(home: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_a_command_that_is_ended_leaves_nothing(number: int, home: Path, tmp_path: Path) -> None:
     arguments = ["calibrate", home / "model", "--out", tmp_path / "out", "--data", home / "set.jsonl", "--samples", "4"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "splitq_jax.cli", *map(str, arguments)], stderr=subprocess.PIPE, text=True
-    ) as process:
+    heeding = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in the background it is ignored
+    program = f"{heeding}; from splitq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not any(tmp_path.iterdir()):  # until the hidden folder is there
             time.sleep(0.05)
         process.send_signal(number)
@@ -194,10 +194,18 @@ def test_a_command_that_is_ended_leaves_nothing(number: int, home: Path, tmp_pat
     assert "Traceback" not in said and not any(tmp_path.iterdir())
 
 
-def test_an_interruption_that_a_callback_swallows_comes_again() -> None:
-    with pytest.raises(KeyboardInterrupt):
-        _interrupt_again(SimpleNamespace(exc_value=KeyboardInterrupt()))
-        time.sleep(5)
+@pytest.mark.parametrize(("number", "swallowed"), [(signal.SIGINT, KeyboardInterrupt()), (signal.SIGTERM, SystemExit(143))])
+def test_a_signal_that_a_callback_swallows_comes_again(number: int, swallowed: BaseException) -> None:
+    def heed(*_: Any) -> None:
+        raise type(swallowed)
+
+    before = signal.signal(number, heed)
+    try:
+        with pytest.raises(type(swallowed)):
+            _interrupt_again(SimpleNamespace(exc_value=swallowed))
+            time.sleep(5)
+    finally:
+        signal.signal(number, before)
 
 
 def test_unknown_flags_and_commands(capsys: pytest.CaptureFixture[str]) -> None:
