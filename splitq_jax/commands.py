@@ -139,9 +139,13 @@ def calibrate(options: argparse.Namespace) -> None:
 def _float_setup(options: argparse.Namespace) -> Setup:
     keep_freed_memory()
     setup = Setup.open(options.model, source(options.data, options.data_dir), options.follow_links)
-    if any(isinstance(leaf, SplitWeight) for leaf in quantization.kernels(setup.params).values()):
+    if _is_quantized(setup.params):
         raise InputError(f"{options.model}: is quantized already; give the float model")
     return setup
+
+
+def _is_quantized(params: Any) -> bool:
+    return any(isinstance(leaf, SplitWeight) for leaf in quantization.kernels(params).values())
 
 
 def _collect(
@@ -191,16 +195,16 @@ def quantize(options: argparse.Namespace) -> None:
     _print_plan(console, quantization.match(setup.params, chosen))
     runs = options.run_folder or options.out.with_name(f"{options.out.name}.run")
     with _output(options) as folder:
-        batches = setup.calibration(options.samples, options.seed)
+        batches, made_of = setup.calibration(options.samples, options.seed), _provenance(setup, options)
         with progress_bar(console) as bar:
             if options.stats is None:
                 stats = _collect(setup, options, batches, chosen.rounding == "gptq", chosen.vision != "float", bar)
             else:
-                stats = _restore_stats(setup, options)
+                stats = _restore_stats(options.stats, made_of)
             done = quantized(setup, stats, chosen, config, batches, run_folder=runs, mesh=calib.data_mesh(), progress=bar)
         errors = calib.site_errors(setup.model, setup.params, done.params, batches)
         facts = {"site_errors": errors, "block_errors": [vars(e) for e in done.errors], "training": config, "seconds": done.seconds}
-        sq.save(folder / PARAMS, done.params, recipe=chosen, config=setup.model.config, extra=_provenance(setup, options) | facts)
+        sq.save(folder / PARAMS, done.params, recipe=chosen, config=setup.model.config, extra=made_of | facts)
         sq.save(folder / CHANNELS, {path.replace("/", "."): s.absmax for path, s in stats.items()})
         models.copy_processor(options.model, folder)
     if chosen.train:
@@ -223,15 +227,15 @@ def _print_plan(console: Console, matched: Mapping[str, recipe.Recipe]) -> None:
         console.print(f"{part.method} {part.scheme}: {len(paths)} layers match {', '.join(part.sites)} ({paths[0]} … {paths[-1]})")
 
 
-def _restore_stats(setup: Setup, options: argparse.Namespace) -> dict[str, SiteStats]:
-    tree, manifest = sq.restore(options.stats / PARAMS)
-    found, wanted = manifest["extra"] or {}, _provenance(setup, options)
+def _restore_stats(folder: Path, wanted: Mapping[str, Any]) -> dict[str, SiteStats]:
+    tree, manifest = sq.restore(folder / PARAMS)
+    found = manifest["extra"] or {}
     if not tree or not all(isinstance(s, SiteStats) for s in tree.values()):
-        raise InputError(f"--stats {options.stats}: holds no statistics; give a folder of splitq calibrate")
+        raise InputError(f"--stats {folder}: holds no statistics; give a folder of splitq calibrate")
     for name, value in wanted.items():
         if found.get(name) != value:
             raise InputError(
-                f"--stats {options.stats}: collected with {name} {found.get(name)}, here it is {value}; collect them anew or give the same"
+                f"--stats {folder}: collected with {name} {found.get(name)}, here it is {value}; collect them anew or give the same"
             )
     return {path.replace(".", "/"): s for path, s in tree.items()}
 
@@ -260,7 +264,7 @@ def evaluate(options: argparse.Namespace) -> None:
     with progress_bar(console) as bar:
         if options.reference is not None:
             model, params = models.load(options.reference, follow_links=options.follow_links)
-            if any(isinstance(leaf, SplitWeight) for leaf in quantization.kernels(params).values()):
+            if _is_quantized(params):
                 raise InputError(f"--reference {options.reference}: is quantized; give the float model")
             reference = evaluation.evaluate(model, params, questions, progress=bar, label="float")
             rows.append(result_row(reference, params, "float", "float", 0, 0.0))

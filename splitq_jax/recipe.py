@@ -77,15 +77,12 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        w_bits, a_bits = parse_scheme(self.scheme)
-        check_bits(w_bits, WEIGHT_BITS, f"scheme {self.scheme!r}, weights")
-        check_bits(a_bits, ACTIVATION_BITS, f"scheme {self.scheme!r}, activations")
+        for name, scheme in (("scheme", self.scheme), *([] if self.vision == "float" else [("vision", self.vision)])):
+            w_bits, a_bits = parse_scheme(scheme)
+            check_bits(w_bits, WEIGHT_BITS, f"{name} {scheme!r}, weights")
+            check_bits(a_bits, ACTIVATION_BITS, f"{name} {scheme!r}, activations")
         if self.side_bits not in (None, 0):
             check_bits(self.side_bits, WEIGHT_BITS, "side_bits")
-        if self.vision != "float":
-            w_bits, a_bits = parse_scheme(self.vision)
-            check_bits(w_bits, WEIGHT_BITS, f"vision {self.vision!r}, weights")
-            check_bits(a_bits, ACTIVATION_BITS, f"vision {self.vision!r}, activations")
         for name, value, allowed in (
             ("select", self.select, SELECTORS),
             ("transform", self.transform, get_args(TransformKind)),
