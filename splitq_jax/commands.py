@@ -31,7 +31,7 @@ from splitq_jax.output import make_console, output_folder, progress_bar
 from splitq_jax.pipeline import CHANNELS, Setup, channels_of, keep_freed_memory, quantized, result_row, source
 
 RECIPE_FLAGS = (
-    *("select", "clusters", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
+    *("select", "clusters", "group", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
     *("cws_rate", "mac_rate", "mac_tokens", "svd_per", "cws_start", "mac_start", "rounding", "train", "vision", "sites"),
 )
 FIT_FLAGS = ("epochs", "steps", "batch", "transform_rate", "clip_rate", "loss", "epsilon")
@@ -392,7 +392,7 @@ def _layers(params: Any, errors: Mapping[str, float]) -> Table:
     for s in quantization.summarize(params):
         groups, ranks = " + ".join(map(str, s.groups)), f"{s.ranks[0]}, {s.ranks[1]}"
         error = f"{100 * errors[s.path]:.2f} %" if s.path in errors else "–"
-        scheme = f"W{s.bits[0]}A{s.bits[1]}"
+        scheme = f"W{s.bits[0]}A{s.bits[1]}" + (f" g{s.scale_rows}" if s.scale_rows < s.groups[0] else "")
         table.add_row(
             s.path,
             f"{s.shape[0]} x {s.shape[1]}",

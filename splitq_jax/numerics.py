@@ -5,7 +5,7 @@ scalar: one compiled training step then serves every scheme. 16 bits and more me
 """
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import jax
@@ -59,7 +59,23 @@ def clipped_absmax(x: Float[Array, "*B"], clip: Float[Array, " 2 *C"] | None, ax
     """
     if clip is not None:
         x = x * jnp.where(x < 0, _align(clip[1], x), _align(clip[0], x))  # factors are positive: one maximum serves both sides
-    return jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    return _largest(jnp.abs(x), axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _largest(x: Float[Array, "*B"], axis: int) -> Float[Array, "*B1"]:
+    return jnp.max(x, axis=axis, keepdims=True)
+
+
+@_largest.defjvp
+def _largest_jvp(axis: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    # XLA may compute what the maximum was taken of once more for its gradient, and round it otherwise. Where no entry equals the maximum
+    # then, `jnp.max` has a gradient of 0 / 0
+    (x,), (dx,) = primals, tangents
+    largest = _largest(x, axis)
+    chosen = (x >= largest * (1 - 2.0**-20)).astype(x.dtype)
+    count = jnp.sum(chosen, axis=axis, keepdims=True)
+    return largest, jnp.sum(dx * (chosen / jnp.maximum(count, 1)), axis=axis, keepdims=True)
 
 
 def _align(clip: Float[Array, "*C"], like: Float[Array, "*B1"]) -> Float[Array, "*B1"]:

@@ -66,31 +66,56 @@ class QTensor:
         return self.codes().astype(scale.dtype) * scale
 
 
-@partial(jax.jit, static_argnames=("bits", "axis", "multiple"))
-def quantize_matrix(
-    w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 N"] | None = None, axis: int = 0, multiple: int = 1
+@partial(jax.jit, static_argnames=("bits", "multiple", "group"))
+def quantize_columns(
+    w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 G N"] | None = None, multiple: int = 1, group: int | None = None
 ) -> QTensor:
-    """Round a matrix to nearest, one scale for all entries along ``axis`` (0: per column, 1: per row).
+    """Round a matrix to nearest, one scale for each column, or for each column and ``group`` rows.
 
-    The words are padded to a ``multiple`` of rows.
-    """
-    if bits >= FLOAT_BITS:
-        return QTensor((w,), None, bits, w.shape[0])
-    scale = scale_of(w, bits, clip, axis)
-    return from_codes(encode(w, scale, bits), scale, bits, multiple)
-
-
-def quantize_groups(w: Float[Array, "K N"], bits: int, group: int, multiple: int = 1) -> QTensor:
-    """Round a matrix to nearest, one scale for each column and each ``group`` rows.
+    Args:
+      w: the matrix.
+      bits: of the codes.
+      clip: LWC's factors; None for no clipping.
+      multiple: of rows, to which the words are padded.
+      group: rows that share a scale; None: all.
 
     Raises:
       InputError: a group that does not divide the rows.
     """
-    if group < 1 or w.shape[0] % group:
+    if bits >= FLOAT_BITS:
+        return QTensor((w,), None, bits, w.shape[0])
+    scale = column_scales(w, bits, clip, group)
+    codes = encode(in_groups(w, group), scale[:, None], bits)
+    return from_codes(codes.reshape(w.shape), scale, bits, multiple)
+
+
+@partial(jax.jit, static_argnames=("bits", "multiple"))
+def quantize_rows(w: Float[Array, "K N"], bits: int, multiple: int = 1) -> QTensor:
+    """Round a matrix to nearest, one scale for each row; see `quantize_columns`."""
+    if bits >= FLOAT_BITS:
+        return QTensor((w,), None, bits, w.shape[0])
+    scale = scale_of(w, bits, axis=1)
+    return from_codes(encode(w, scale, bits), scale, bits, multiple)
+
+
+def column_scales(w: Float[Array, "K N"], bits: int, clip: Float[Array, "2 G N"] | None, group: int | None) -> Float[Array, "G N"]:
+    """Return the steps of `quantize_columns`.
+
+    Raises:
+      InputError: a group that does not divide the rows.
+    """
+    return scale_of(in_groups(w, group), bits, None if clip is None else clip[:, :, None], axis=1)[:, 0]
+
+
+def in_groups(w: Float[Array, "K N"], group: int | None) -> Float[Array, "G g N"]:
+    """Cut a matrix into groups of rows, None: into one.
+
+    Raises:
+      InputError: a group that does not divide the rows.
+    """
+    if group is not None and (group < 1 or w.shape[0] % group):
         raise InputError(f"groups of {group} rows do not divide {w.shape[0]} rows; choose a divisor")
-    grouped = w.reshape(-1, group, w.shape[1])  # K/g g N
-    scale = scale_of(grouped, bits, axis=1)
-    return from_codes(encode(grouped, scale, bits).reshape(w.shape), scale[:, 0], bits, multiple)
+    return w.reshape(-1, group or w.shape[0], w.shape[1])
 
 
 def from_codes(codes: Int[Array, "K N"], scale: Float[Array, "_ _"], bits: int, multiple: int = 1) -> QTensor:

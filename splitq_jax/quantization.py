@@ -20,7 +20,7 @@ from splitq_jax.linear import Group, SplitWeight, stored_bits
 from splitq_jax.mocd import SiteStats
 from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, in_float32, logit
 from splitq_jax.packing import TILE_ROWS, WIDE
-from splitq_jax.qtensor import quantize_matrix
+from splitq_jax.qtensor import quantize_columns, quantize_rows
 from splitq_jax.recipe import Recipe
 from splitq_jax.rounding import gptq
 from splitq_jax.site import LearnedGroup, TrainableSplit, clip_factors, split, unrounded
@@ -118,7 +118,8 @@ def prepare_site(
     """Partition one site and set its learnable parts to their start (see `Recipe`).
 
     Raises:
-      InputError: statistics of another split; Gram matrices or rank that the recipe needs and the site has not.
+      InputError: statistics of another split; Gram matrices or rank that the recipe needs and the site has not; a `Recipe.group` that
+        does not divide the main group.
     """
     w = w.astype(jnp.float32)
     width = w.shape[0]
@@ -133,16 +134,22 @@ def prepare_site(
             )
         perm, k_text, k_vision = mocd.select(stats, recipe.select, recipe.clusters, seed)
     sizes = tuple(k for k in (width - k_text - k_vision, k_text, k_vision) if k)
+    if recipe.group is not None and sizes[0] % recipe.group:
+        raise InputError(
+            f"{path}: groups of {recipe.group} channels do not divide the {sizes[0]} of the main group; choose a divisor"
+        )
     x_absmax = jnp.ones(width) if stats is None else jnp.max(stats.absmax, axis=0)
     groups = []
     for i, (x_max, rows) in enumerate(zip(split(x_absmax[perm], sizes, 0), split(w[perm], sizes, 0), strict=True)):
         w_bits, a_bits = recipe.main_bits if i == 0 else recipe.side
-        lwc, lac = (gaussian_clip(bits, rows.shape[0]) for bits in (w_bits, a_bits))
+        sharing = (recipe.group if i == 0 else None) or rows.shape[0]
+        lwc, lac = gaussian_clip(w_bits, sharing), gaussian_clip(a_bits, rows.shape[0])
         lwc = lwc if recipe.lwc_start is None else recipe.lwc_start
+        scales = rows.shape[0] // sharing
         groups.append(
             LearnedGroup(
                 start_transform(recipe, x_max, rows, seed),
-                jnp.full((2, w.shape[1]), logit(lwc), jnp.float32) if recipe.clip else None,
+                jnp.full((2, scales, w.shape[1]), logit(lwc), jnp.float32) if recipe.clip else None,
                 jnp.full((2,), logit(lac), jnp.float32) if recipe.clip else None,
             )
         )
@@ -157,6 +164,7 @@ def prepare_site(
         bits=jnp.array([*recipe.main_bits, *recipe.side], jnp.int32),
         gram=stats.gram if stats is not None and recipe.rounding == "gptq" else None,
         sizes=sizes,
+        scale_rows=recipe.group,
         mac_tokens=recipe.mac_tokens,
         learn_transform=recipe.train and recipe.transform in {"kron", "diag", "dense"},
         kinds=kinds,
@@ -244,15 +252,16 @@ def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
     clips = [clip_factors(group.w_clip) for group in site.groups]
     branches = None
     if exact is not None:
-        u, v = (quantize_matrix(f, side_w_bits, axis=i, multiple=multiple) for i, f in enumerate((exact.u, exact.v)))
+        u, v = quantize_columns(exact.u, side_w_bits, multiple=multiple), quantize_rows(exact.v, side_w_bits, multiple)
         branches = dataclasses.replace(exact, u=u, v=v)
     if site.gram is None:
-        codes = [quantize_matrix(w, n, clip, multiple=multiple) for w, n, clip in zip(weights, bits, clips, strict=True)]
+        shared = (recipe.group, *[None] * (len(weights) - 1))
+        codes = [quantize_columns(w, n, clip, multiple, g) for w, n, clip, g in zip(weights, bits, clips, shared, strict=True)]
     else:
         if exact is not None:  # what rounding takes from CWS itself is repaired with the rest
             weights[0] += exact.cws_product() - dataclasses.replace(exact, u=u.decode(), v=v.decode()).cws_product()
         # what the groups meet, X P, has the Gram matrix P^T (X^T X) P
-        codes = gptq(weights, transformed(site, transformed(site, site.gram).T), bits, clips, multiple)
+        codes = gptq(weights, transformed(site, transformed(site, site.gram).T), bits, clips, multiple, recipe.group)
     groups = [
         Group(group.transform, clip_factors(group.a_clip), w, a_bits if i == 0 else side_a_bits)
         for i, (group, w) in enumerate(zip(site.groups, codes, strict=True))
@@ -280,6 +289,7 @@ class SiteSummary:
       path: its place in the tree.
       shape: ``(D, N)``.
       bits: (weight, activation) of the main group.
+      scale_rows: channels of the main group that share a weight's scale.
       groups: channels of the main, the text and the vision group.
       ranks: of CWS and MAC.
       stored_bytes: codes, scales, transforms, branches, permutation.
@@ -289,6 +299,7 @@ class SiteSummary:
     path: str
     shape: tuple[int, int]
     bits: tuple[int, int]
+    scale_rows: int
     groups: tuple[int, ...]
     ranks: tuple[int, int]
     stored_bytes: int
@@ -308,6 +319,7 @@ def summarize(params: Params) -> list[SiteSummary]:
                     path,
                     leaf.shape,
                     (main.w.bits, main.a_bits),
+                    main.w.group,
                     tuple(g.w.rows for g in leaf.groups),
                     (ranks[0], ranks[1]),
                     bits // 8,

@@ -25,6 +25,8 @@ class Recipe:
       select: how side channels are chosen.
       clusters: k of MOCD's k-means.
       split: size of the side groups.
+      group: channels of the main group that share a weight's scale, in the decoder, for activations that stay floats (``w4a16`` with groups
+        of 128); by default all do.
       side_bits: bits of side groups, branches and MAC's residual; by default ``max(4, bits)``; 0 for the main group's.
       transform: of every group: ``kron``, FlatQuant's Kronecker pair; ``diag``, SmoothQuant's scales; ``hadamard``, QuaRot's rotation;
         ``dense``, one full matrix; ``none``.
@@ -57,6 +59,7 @@ class Recipe:
     select: Selector = "mocd"
     clusters: int = 3
     split: SplitSize = field(default_factory=SplitSize)
+    group: int | None = None
     side_bits: int | None = None
     transform: TransformKind = "kron"
     smooth: tuple[float, float] = (0.7, 0.3)
@@ -81,6 +84,11 @@ class Recipe:
             w_bits, a_bits = parse_scheme(scheme)
             check_bits(w_bits, WEIGHT_BITS, f"{name} {scheme!r}, weights")
             check_bits(a_bits, ACTIVATION_BITS, f"{name} {scheme!r}, activations")
+        if self.group is not None and (self.group < 1 or self.main_bits[1] < FLOAT_BITS):
+            raise InputError(
+                f"recipe: group={self.group} with {self.scheme}; expected at least 1, and activations that stay floats (w4a16): products of "
+                f"codes with codes have one scale a column"
+            )
         if self.side_bits not in (None, 0):
             check_bits(self.side_bits, WEIGHT_BITS, "side_bits")
         for name, value, allowed in (
@@ -126,7 +134,8 @@ class Recipe:
 
     def for_vision(self) -> "Recipe":
         """Return the recipe of the vision tower's sites."""
-        return dataclasses.replace(self, scheme=self.vision, select="none", cws="off", mac="off", sites=("vision/blocks_*/*",))
+        vision = dataclasses.replace(self, scheme=self.vision, group=None, select="none", cws="off", mac="off")
+        return vision.replace(sites=("vision/blocks_*/*",))
 
     def replace(self, **changes: object) -> "Recipe":
         """Return a copy with fields changed."""

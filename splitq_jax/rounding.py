@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from splitq_jax.numerics import FLOAT_BITS, code_range, scale_of
-from splitq_jax.qtensor import QTensor, from_codes, quantize_matrix
+from splitq_jax.numerics import FLOAT_BITS, code_range
+from splitq_jax.qtensor import QTensor, column_scales, from_codes, quantize_columns
 
 DAMPING = 0.01  # share of the mean diagonal that is added to the Hessian, as in the paper's code
 BLOCK = 128  # rows whose errors reach the rest in one product, as there
@@ -18,25 +18,32 @@ def gptq(
     parts: Sequence[Float[Array, "_ N"]],
     hessian: Float[Array, "K K"],
     bits: Sequence[int],
-    clips: Sequence[Float[Array, "2 N"] | None],
+    clips: Sequence[Float[Array, "2 G N"] | None],
     multiple: int = 1,
+    group: int | None = None,
 ) -> list[QTensor]:
     """Round a matrix row by row so that ``(w - Q(w))^T H (w - Q(w))`` stays small.
 
     Args:
-      parts: the matrix, cut into groups of rows that have scales of their own; the errors of one are repaired in the next as well.
+      parts: the matrix, cut into parts of rows that have scales of their own; the errors of one are repaired in the next as well.
       hessian: ``X^T X`` of the inputs that the whole matrix meets.
       bits: code bits of each part; where any is float, all are rounded to nearest.
       clips: LWC's factors of each part; the scales are those of rounding to nearest.
       multiple: of rows, to which the words are padded.
+      group: rows of the first part that share a scale; None: all, as in the others.
+
+    Raises:
+      InputError: a group that does not divide the rows.
     """
+    groups = [group, *[None] * (len(parts) - 1)]
     if max(bits) >= FLOAT_BITS:
-        return [quantize_matrix(w, b, clip, multiple=multiple) for w, b, clip in zip(parts, bits, clips, strict=True)]
-    scales = [scale_of(w, b, clip, axis=0) for w, b, clip in zip(parts, bits, clips, strict=True)]
-    ends = np.cumsum([w.shape[0] for w in parts])
-    part = np.repeat(np.arange(len(parts)), np.diff(ends, prepend=0))
-    codes = _codes(jnp.concatenate(parts), hessian, jnp.concatenate(scales), jnp.asarray(part), jnp.asarray(bits))
-    cut = jnp.split(codes, ends[:-1].tolist())
+        return [quantize_columns(w, b, clip, multiple, g) for w, b, clip, g in zip(parts, bits, clips, groups, strict=True)]
+    scales = [column_scales(w, b, clip, g) for w, b, clip, g in zip(parts, bits, clips, groups, strict=True)]
+    sharing = np.concatenate([[w.shape[0] // len(s)] * len(s) for w, s in zip(parts, scales, strict=True)])
+    scale = np.repeat(np.arange(len(sharing)), sharing)
+    of_scale = np.repeat(bits, [len(s) for s in scales])
+    codes = _codes(jnp.concatenate(parts), hessian, jnp.concatenate(scales), jnp.asarray(scale), jnp.asarray(of_scale))
+    cut = jnp.split(codes, np.cumsum([w.shape[0] for w in parts])[:-1].tolist())
     return [from_codes(c, scale, b, multiple) for c, scale, b in zip(cut, scales, bits, strict=True)]
 
 
@@ -45,7 +52,7 @@ def _codes(
     w: Float[Array, "K N"],
     hessian: Float[Array, "K K"],
     scales: Float[Array, "G N"],
-    part: Int[Array, " K"],
+    scale: Int[Array, " K"],
     bits: Int[Array, " G"],
 ) -> Int[Array, "K N"]:
     rows = w.shape[0]
@@ -68,7 +75,7 @@ def _codes(
         # rows that are done change too, and are not read again
         def step(k: int, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             left, codes, errors = state
-            g = part[jnp.minimum(first + k, rows - 1)]
+            g = scale[jnp.minimum(first + k, rows - 1)]
             code = jnp.clip(jnp.round(left[k] / scales[g]), low[g], high[g])
             error = (left[k] - code * scales[g]) / own[k, k]
             return left - own[k][:, None] * error[None, :], codes.at[k].set(code), errors.at[k].set(error)

@@ -48,7 +48,8 @@ LOGICAL_AXES: tuple[tuple[str, Axes], ...] = (
 INSIDE: tuple[tuple[str, tuple[int | str | None, ...]], ...] = (
     (r"w", (0, 1)),
     (r"branches/u|a", (0, None)),
-    (r"branches/v|b|groups/\d+/w_clip", (None, 1)),
+    (r"branches/v|b", (None, 1)),
+    (r"groups/\d+/w_clip", (None, None, 1)),
     (r"(groups/\d+/w|branches/v)/(words/\d+|scale)", (None, "columns")),
 )
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from splitq_jax.acc import BRANCH_NAMES, Branch, LowRank
 from splitq_jax.numerics import fake_quantize
+from splitq_jax.qtensor import in_groups
 from splitq_jax.transforms import Transform, apply, apply_inverse
 
 
@@ -23,12 +24,12 @@ class LearnedGroup:
 
     Attributes:
       transform: ``P_j``.
-      w_clip: logits of LWC's two factors per output channel; None for no clipping.
+      w_clip: logits of LWC's two factors per scale, G of them for each output channel; None for no clipping.
       a_clip: logits of LAC's two factors; None for no clipping.
     """
 
     transform: Transform
-    w_clip: Float[Array, "2 N"] | None
+    w_clip: Float[Array, "2 G N"] | None
     a_clip: Float[Array, " 2"] | None
 
 
@@ -44,6 +45,7 @@ class TrainableSplit:
       bits: (main weight, main activation, side weight, side activation); an array, so that one compiled step serves every scheme.
       gram: ``X^T X`` of the input in the model's order, for GPTQ, or None.
       sizes: channels per group.
+      scale_rows: channels of the main group that share a weight's scale; None: all.
       mac_tokens: which tokens MAC serves: ``text``, ``vision`` or ``both``.
       learn_transform: whether the transforms are learned.
       kinds: of the branches (CWS, MAC): ``gated`` learns the gate, ``free`` learns u and v, ``fixed`` learns nothing (``G = I``).
@@ -56,6 +58,7 @@ class TrainableSplit:
     bits: Int[Array, " 4"]
     gram: Float[Array, "D D"] | None
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
+    scale_rows: int | None = struct.field(pytree_node=False)
     mac_tokens: str = struct.field(pytree_node=False)
     learn_transform: bool = struct.field(pytree_node=False)
     kinds: tuple[Branch, Branch] = struct.field(pytree_node=False)
@@ -137,11 +140,21 @@ def round_weights(site: TrainableSplit) -> RoundedSplit:
         perm=site.perm,
         transforms=tuple(g.transform for g in site.groups),
         a_clips=tuple(g.a_clip for g in site.groups),
-        w=tuple(fake_quantize(w_j, n, clip_factors(g.w_clip), axis=0) for w_j, n, g in zip(w, bits, site.groups, strict=True)),
+        w=tuple(
+            _round_columns(w_j, n, g.w_clip, site.scale_rows if i == 0 else None)
+            for i, (w_j, n, g) in enumerate(zip(w, bits, site.groups, strict=True))
+        ),
         branches=b,
         bits=site.bits,
         mac_tokens=site.mac_tokens,
     )
+
+
+def _round_columns(
+    w: Float[Array, "K N"], bits: Array, logits: Float[Array, "2 G N"] | None, rows: int | None
+) -> Float[Array, "K N"]:
+    clip = clip_factors(logits)
+    return fake_quantize(in_groups(w, rows), bits, None if clip is None else clip[:, :, None], axis=1).reshape(w.shape)
 
 
 def rounded_linear(x: Float[Array, "*B D"], site: RoundedSplit, is_text: Bool[Array, "*B"] | None) -> Float[Array, "*B N"]:

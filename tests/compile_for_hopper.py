@@ -91,10 +91,10 @@ def main() -> int:
         return jax.ShapeDtypeStruct(dims, jnp.dtype(dtype), sharding=SingleDeviceSharding(device))
 
     def compile_case(kind: str, name: str, m: int) -> dict:
-        bits, group = int(kind[1]), int(kind.split("g")[1]) if "g" in kind else None
+        bits, group = int(kind[1]), int(re.findall(r"g(\d+)", kind)[0]) if "g" in kind else None
         integer = "a8" in kind
         k, n, side = SITES[name]
-        side = side if integer else ()
+        side = side if integer else tuple(segment for segment in side if segment[1]) if kind.endswith("side") else ()
         k = k if integer else -(-k // 128) * 128
         scaled = sum(s for _, s in side)
         operands = Operands(

@@ -106,13 +106,17 @@ class Product(NamedTuple):
     magnitude: np.ndarray  # sum of the terms' magnitudes
 
 
-def numpy_product(backend: str, a: operands.Activations, w: SplitWeight, bias) -> Product:
-    """The product of given operands; the TPU's kernels hold the narrow weights in bfloat16, scales included."""
+def numpy_product(backend: str, a: operands.Activations, w: SplitWeight, bias, *, scaled: bool = False) -> Product:
+    """The product of given operands; the TPU's kernels hold the narrow weights in bfloat16, scales included.
+
+    ``scaled``: and the main weights, as where many tokens meet scales per group.
+    """
     main = w.groups[0].w
     values = np.asarray(a.values, np.float64)[:, : main.rows]
     if a.scale is not None:
         values = values * np.asarray(a.scale, np.float64)
-    terms = [(values, numpy_matrix(main))]
+    matrix = numpy_matrix(main)
+    terms = [(values, matrix.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64) if scaled else matrix)]
     if a.side is not None:
         side, at = np.asarray(a.side, np.float64), 0
         for segment in operands.segments(w):
@@ -129,19 +133,19 @@ def numpy_product(backend: str, a: operands.Activations, w: SplitWeight, bias) -
 # --- sites and tokens
 
 
-def codes_of(rng, rows: int, columns: int, bits: int, wide: bool, row_scales: bool = False) -> QTensor:
-    """A matrix with every code of its range, padded as wide sites are."""
+def codes_of(rng, rows: int, columns: int, bits: int, wide: bool, row_scales: bool = False, scales: int = 1) -> QTensor:
+    """A matrix with every code of its range, padded as wide sites are; ``scales``: for each column."""
     codes = rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns)).astype(np.int8)
-    shape = (rows, 1) if row_scales else (1, columns)
+    shape = (rows, 1) if row_scales else (scales, columns)
     scale = (0.5 + rng.random(shape)) / np.sqrt(rows) / 2 ** (bits - 1)
     words = numpy_pack(codes, bits, TILE_ROWS if wide else 1)
     return QTensor((jnp.asarray(words),), jnp.asarray(scale, jnp.float32), bits, rows)
 
 
-def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), apart=False, transform=True, clip=0.9) -> SplitWeight:
+def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), apart=False, transform=True, clip=0.9, scales=1) -> SplitWeight:
     """A site of ``width`` channels: two side groups of ``side`` channels each (0: none) and branches of these ranks (0: none).
 
-    ``apart``: the branches have factors of their own.
+    ``apart``: the branches have factors of their own. ``scales``: of each column of the main group.
     """
     rng = np.random.default_rng(seed)
     w_bits, a_bits = bits
@@ -165,7 +169,7 @@ def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), apart=False,
         Group(
             transform_of(k),
             jnp.array([clip, clip - 0.1], jnp.float32),
-            codes_of(rng, k, columns, side_w if i else w_bits, wide),
+            codes_of(rng, k, columns, side_w if i else w_bits, wide, scales=1 if i else scales),
             side_a if i else a_bits,
         )
         for i, k in enumerate(sizes)

@@ -103,6 +103,8 @@ REFUSED = {
     "bits 17": (["quantize", "MODEL", "--out", "OUT", "--scheme", "w4a17"], "w4a17"),
     "no scheme": (["quantize", "MODEL", "--out", "OUT", "--scheme", "int4"], "wXaY"),
     "K >= D": (["quantize", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "4", "--split-rate", "0.5"], "no main group"),
+    "groups beside codes": (["quantize", *QUANTIZE, "--group", "32"], "group=32 with w4a4"),
+    "groups of another size": (["quantize", *QUANTIZE, "--scheme", "w4a16", "--group", "37"], "groups of 37 channels"),
     "no such model": (["convert", "NONE", "--out", "OUT"], "config.json"),
     "rule that matches nothing": (["quantize", "MODEL", "--out", "OUT", "--data", "SET", "--sites", "head/*"], "head/*"),
     "too many samples": (["calibrate", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "5"], "--samples 5"),

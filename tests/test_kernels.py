@@ -32,7 +32,7 @@ from splitq_jax.kernels import api, operands, tpu_quantizer
 from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
 from splitq_jax.packing import TILE_ROWS
-from splitq_jax.qtensor import quantize_groups, quantize_matrix
+from splitq_jax.qtensor import quantize_columns
 from splitq_jax.sharding import of
 
 BACKENDS = ["reference", *sorted(api.MODULES)]
@@ -220,7 +220,7 @@ def test_decode_is_quantize_and_multiply(backend, bits, count):
 def test_weight_only_matmul(backend, bits, count, width, group):
     rng = np.random.default_rng(8)
     matrix = jnp.asarray(rng.standard_normal((width, 136)), jnp.float32)
-    w = quantize_groups(matrix, bits, group, TILE_ROWS) if group else quantize_matrix(matrix, bits, multiple=TILE_ROWS)
+    w = quantize_columns(matrix, bits, multiple=TILE_ROWS, group=group or None)
     x = tokens_of(8, count, width)
     bias = jnp.asarray(rng.standard_normal(136), jnp.float32)
     x64, decoded = np.asarray(x.astype(jnp.float32), np.float64), numpy_matrix(w)
@@ -233,7 +233,7 @@ def test_weight_only_matmul(backend, bits, count, width, group):
 
 @pytest.mark.parametrize("rows", [500, 1000])
 def test_three_bits_in_one_slab_that_is_no_multiple(rows):
-    w = quantize_matrix(jnp.asarray(np.random.default_rng(8).standard_normal((rows, 8)), jnp.float32), 3)
+    w = quantize_columns(jnp.asarray(np.random.default_rng(8).standard_normal((rows, 8)), jnp.float32), 3)
     x, decoded = tokens_of(8, 1, rows), numpy_matrix(w)
     x64 = np.asarray(x.astype(jnp.float32), np.float64)
     assert_close(run(api.weight_only_matmul, x, w, backend="tpu"), x64 @ decoded, np.abs(x64) @ np.abs(decoded), jnp.bfloat16)
@@ -267,12 +267,19 @@ def test_without_a_mask_all_tokens_are_text(served):
     assert bool((linear(x, w) == linear(x, w, jnp.zeros(4, bool))).all()) == (served == "both")
 
 
-def test_sites_with_float_activations(backend):
-    w = site_of(9, 1024, 136, (4, 16), ranks=(48, 0), transform=False)
-    x = tokens_of(9, 20, 1024)
+@pytest.mark.parametrize(("bits", "count", "group"), [(4, 20, 0), (4, 20, 128), (3, 20, 64), (4, 260, 32), (3, 300, 128)])
+def test_sites_with_float_activations(backend, bits, count, group):
+    """Scales per column, and per group of rows beside side groups and CWS; 896 rows of 3 bits do not fill the words."""
+    w = site_of(9, 1024, 136, (bits, 16), ranks=(48, 0), transform=False, scales=896 // group if group else 1)
+    x = tokens_of(9, count, 1024)
+    bias = jnp.asarray(np.random.default_rng(3).standard_normal(136), jnp.float32)
     a = run(api.quantize_activations, x, w, None, backend=backend)
     assert a.scale is None
-    assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
+    got = run(api.quantized_matmul, a, w, bias, backend=backend)
+    scaled = backend == "tpu" and group and count > 256
+    assert_close(got, *numpy_product(backend, a, w, bias, scaled=scaled), jnp.bfloat16)
+    whole = run(api.split_matmul, x, w, None, bias, backend=backend)
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(got))
 
 
 def test_the_platform_chooses_inside_jit():
@@ -293,8 +300,13 @@ def test_what_the_kernels_take(backend):
             w = site_of(0, width, 136, bits, side=side, ranks=ranks, transform=False)
             for job in ("quantize_activations", "quantized_matmul", "decode_matmul"):
                 assert module.refuses(job, w, 16) is None
+    for bits, scales in ((4, 1), (3, 7), (4, 28)):
+        w = site_of(0, 1024, 136, (bits, 16), ranks=(48, 0), transform=False, scales=scales)
+        for job in ("quantize_activations", "quantized_matmul", "decode_matmul"):
+            assert module.refuses(job, w, 16) is None
+    assert "group" in module.refuses("quantized_matmul", site_of(0, 1024, 136, (4, 4), transform=False, scales=7), 16)
     for bits, group in ((4, 0), (3, 0), (4, 32), (3, 64), (4, 128)):
-        w = quantize_groups(jnp.ones((1024, 136)), bits, group or 1024)
+        w = quantize_columns(jnp.ones((1024, 136)), bits, group=group or None)
         assert module.refuses("weight_only_matmul", w, 16) is None
 
 
@@ -323,7 +335,7 @@ def test_what_does_not_fit_is_named(caplog):
     with pytest.raises(InputError, match=r"no derivative.*prepare"):
         jax.grad(lambda x: api.split_matmul(x, w).sum())(tokens_of(0, 4, 576, jnp.float32))
     with pytest.raises(InputError, match="divide"):
-        quantize_groups(jnp.ones((100, 4)), 4, 32)
+        quantize_columns(jnp.ones((100, 4)), 4, group=32)
     two_bits = site_of(12, 576, 64, (2, 4), side=0, ranks=(0, 0), transform=False)
     a = given_operands(12, 4, two_bits)
     for name in api.MODULES:
@@ -337,7 +349,7 @@ def test_no_tokens_give_no_results(backend):
     w = site_of(12, 576, 64, (4, 4), side=8, ranks=(11, 17))
     assert run(api.split_matmul, tokens_of(0, 0, 576), w, None, backend=backend).shape == (0, 64)
     assert run(
-        api.weight_only_matmul, tokens_of(0, 0, 576), quantize_groups(jnp.ones((576, 24)), 4, 32), backend=backend
+        api.weight_only_matmul, tokens_of(0, 0, 576), quantize_columns(jnp.ones((576, 24)), 4, group=32), backend=backend
     ).shape == (0, 24)
 
 

@@ -110,6 +110,17 @@ def test_weight_only(chip, bits, group):
     assert compiled.memory_analysis().temp_size_in_bytes < w.words[0].size
 
 
+@pytest.mark.parametrize("tokens", [16, 2048])
+@pytest.mark.parametrize(("chip", "bits"), [("v6e", 4), ("v5e", 3)], ids=str)
+def test_sites_with_scales_per_group(chip, bits, tokens):
+    """Weight-only, beside side groups and CWS."""
+    w = site(3584, 4608, (bits, 16), group=128)
+    compiled, program = compile_for(chip, api.split_matmul, array((tokens, 3584), "bfloat16"), w)
+    assert products(program) == {"bf16"}
+    if tokens == 16:
+        no_weight_sized_temporary(compiled, w)
+
+
 @pytest.mark.parametrize("chip", VMEM)
 def test_tiles_fit(chip):
     """The rule stays inside VMEM and divides the shape, for every site, phase and type of operand."""

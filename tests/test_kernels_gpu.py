@@ -20,7 +20,7 @@ from splitq_jax.kernels.gpu_products import power_and_mantissa
 from splitq_jax.kernels.gpu_tile import Operands, Tile, Work
 from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
-from splitq_jax.qtensor import quantize_groups
+from splitq_jax.qtensor import quantize_columns
 from splitq_jax.sharding import of
 
 SCHEMES = [(bits, elements) for bits in PLANES for elements in (4, 2)]
@@ -116,7 +116,7 @@ def test_relayout_keeps_the_weight():
         assert (before.codes() == after.codes()).all() and (before.decode() == after.decode()).all()
     narrow = laid.groups[1].w  # in other steps than a main weight's, whatever its rows
     assert (gpu.relayout(narrow).codes() == narrow.codes()).all() and gpu.relayout(narrow).words[0].shape[2] == 16
-    grouped = quantize_groups(jnp.asarray(np.random.default_rng(0).standard_normal((384, 8)), jnp.float32), 4, 64)
+    grouped = quantize_columns(jnp.asarray(np.random.default_rng(0).standard_normal((384, 8)), jnp.float32), 4, group=64)
     assert (gpu.relayout(grouped).decode() == grouped.decode()).all()
 
 
@@ -272,7 +272,7 @@ CASES = [
     f"{kind} {site} {count}"
     for site, kinds, tokens in (
         ("qwen gate_up", ("w4a8", "w3a8", "w4a16", "w4a16g128"), (1, 16, 32, 2048)),
-        ("qwen down", ("w4a8", "w3a16g64"), (16, 2048)),
+        ("qwen down", ("w4a8", "w3a16g64", "w4a16g128side"), (16, 2048)),
         ("llava gate_up", ("w4a8", "w4a16g32"), (1, 2048)),
         ("llava o", ("w3a8", "w3a16"), (32, 2048)),
     )

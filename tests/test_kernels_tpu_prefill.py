@@ -13,7 +13,7 @@ from kernel_reference import codes_off, mask_of, numpy_matrix, run, site_of, tok
 from splitq_jax.kernels import api, reference, tiles, tpu
 from splitq_jax.kernels.operands import gate_scales, segments
 from splitq_jax.kernels.tpu_prefill_plan import plan_of
-from splitq_jax.qtensor import quantize_matrix
+from splitq_jax.qtensor import quantize_columns
 from splitq_jax.transforms import Transform
 
 
@@ -22,7 +22,7 @@ def in_order(w):
 
 
 def with_wide_factors(w):
-    u = quantize_matrix(jnp.asarray(np.random.default_rng(1).standard_normal(w.branches.u.shape), jnp.float32), 8)
+    u = quantize_columns(jnp.asarray(np.random.default_rng(1).standard_normal(w.branches.u.shape), jnp.float32), 8)
     return replace(w, branches=replace(w.branches, u=u))
 
 

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ from splitq_jax.errors import InputError
 from splitq_jax.linear import SplitWeight, linear
 from splitq_jax.mocd import SplitSize
 from splitq_jax.numerics import gaussian_clip
+from splitq_jax.qtensor import quantize_columns
 from splitq_jax.quantization import kernels, layer_columns, match, prepare, summarize
 from splitq_jax.rounding import gptq
-from splitq_jax.site import learnable, split, with_learnable
+from splitq_jax.site import learnable, split, unrounded, with_learnable
+from splitq_jax.transforms import IDENTITY, apply_inverse
 from splitq_jax.transforms import apply as apply_transform
-from splitq_jax.transforms import apply_inverse
 
 D, N, TEXT_FROM = 64, 96, 150
 PATH = "decoder/blocks_0/down"
@@ -73,10 +75,16 @@ VARIANTS = {
     "both": recipes.splitq_fixed("w4a4").replace(split=SPLIT, mac_tokens="both", side_bits=8),
 }
 
+GROUPED = {  # weight-only, scales per group of rows; 58 channels are left where six are split off
+    "rtn, groups": recipes.rtn("w3a16").replace(group=16),
+    "flatquant, groups": recipes.flatquant("w3a16").replace(group=32),
+    "splitq, groups": recipes.splitq("w3a16").replace(split=SPLIT, group=29, cws_start=0.7),
+}
 
-@pytest.mark.parametrize("name", VARIANTS)
+
+@pytest.mark.parametrize("name", [*VARIANTS, *GROUPED])
 def test_sixteen_bits_are_an_identity(name, params, stats):
-    recipe = VARIANTS[name].replace(scheme="w16a16", side_bits=None)
+    recipe = (VARIANTS | GROUPED)[name].replace(scheme="w16a16", side_bits=None)
     x = planted_tokens(1)
     y0 = x @ kernels(params)[PATH]
     prepared = prepare(params, stats, recipe)
@@ -98,6 +106,51 @@ def test_packed_codes_give_what_training_saw(name, scheme, params, stats):
     close = jnp.abs(seen - packed) < 1e-4 * jnp.max(jnp.abs(seen))
     assert jnp.mean(close.astype(jnp.float32)) > 0.98
     assert relative_error(packed, seen) < 1e-4
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_of_rows_have_scales_of_their_own(name, params, stats):
+    """In training as in the codes, and as a loop over groups gives; they lose less than one scale a column."""
+    recipe, x = GROUPED[name], planted_tokens(1)
+    prepared = prepare(params, stats, recipe)
+    site, frozen = kernels(prepared)[PATH], sq.freeze(prepared, recipe)
+    main = kernels(frozen)[PATH].groups[0].w
+    np.testing.assert_allclose(apply(frozen, x), apply(prepared, x), atol=1e-4 * float(jnp.max(jnp.abs(apply(frozen, x)))))
+    matrix = np.asarray(unrounded(site).w[0], np.float64)
+    clip = gaussian_clip(3, recipe.group) if recipe.clip else 1.0
+    for g in range(matrix.shape[0] // recipe.group):
+        rows = slice(g * recipe.group, (g + 1) * recipe.group)
+        step = clip * np.abs(matrix[rows]).max(0) / 3
+        np.testing.assert_allclose(main.scale[g], step, rtol=1e-5)
+        assert (np.asarray(main.codes())[rows] == np.clip(np.rint(matrix[rows] / step), -4, 3)).mean() > 0.999
+    exact = x @ kernels(params)[PATH]
+    plain = sq.quantize(params, stats, recipe.replace(group=None))
+    assert relative_error(apply(frozen, x), exact) < relative_error(apply(plain, x), exact)
+    (row,), (fewer,) = summarize(frozen), summarize(plain)
+    assert row.scale_rows == recipe.group and fewer.scale_rows == main.rows
+    assert row.effective_bits - fewer.effective_bits == pytest.approx(32 * (main.rows // recipe.group - 1) / D)
+
+
+def test_clips_of_groups_are_learned_apart(params, stats):
+    """The gradient of a factor is that of its own group's rows."""
+    site = kernels(prepare(params, stats, GROUPED["flatquant, groups"]))[PATH]
+    x, parts = planted_tokens(1)[:, :32] @ jnp.eye(32, D), learnable(site)
+
+    def loss(clips):
+        plain = replace(site, groups=(replace(site.groups[0], transform=IDENTITY),))
+        return jnp.sum(linear(x, with_learnable(plain, {"transforms": {"groups": (IDENTITY,)}, "clips": clips})) ** 2)
+
+    ((w_clip, _),) = jax.grad(loss)(parts["clips"])["groups"]
+    assert w_clip.shape == (2, 2, N) and jnp.any(w_clip[:, 0] != 0) and not jnp.any(w_clip[:, 1])
+
+
+def test_groups_that_do_not_fit_are_named(params, stats):
+    with pytest.raises(InputError, match=f"{PATH}: groups of 32 channels do not divide the 58"):
+        prepare(params, stats, GROUPED["splitq, groups"].replace(group=32))
+    for scheme, group in (("w4a4", 32), ("w4a8", 32), ("w4a16", 0), ("w4a16", -1)):
+        with pytest.raises(InputError, match=f"group={group} with {scheme}"):
+            recipes.flatquant(scheme).replace(group=group)
+    assert recipes.flatquant("w4a16").replace(group=32, vision="w4a4").for_vision().group is None
 
 
 def numpy_split_linear(x, w, leaf, bits):
@@ -187,16 +240,14 @@ def test_gptq_beats_nearest_on_correlated_inputs():
     mix = rng.standard_normal((D, 8)) @ rng.standard_normal((8, D)) + 0.3 * np.eye(D)
     x = jnp.asarray(rng.standard_normal((500, D)) @ mix, jnp.float32)
     w = jnp.asarray(rng.standard_normal((D, N)), jnp.float32)
-    from splitq_jax.qtensor import quantize_matrix
-
     (repaired,) = gptq([w], x.T @ x, [3], [None])
-    errors = [relative_error(x @ q.decode(), x @ w) for q in (repaired, quantize_matrix(w, 3))]
+    errors = [relative_error(x @ q.decode(), x @ w) for q in (repaired, quantize_columns(w, 3))]
     assert errors[0] < 0.5 * errors[1]
 
 
-@pytest.mark.parametrize("sizes", [(6,), (150, 20, 10)])
-def test_gptq_is_its_sequential_definition(sizes):
-    """Each row's rounding error, spread by least squares on the rows that follow (OBQ), in float64; groups have scales and bits."""
+@pytest.mark.parametrize(("sizes", "group"), [((6,), None), ((150, 20, 10), None), ((150, 20, 10), 30)])
+def test_gptq_is_its_sequential_definition(sizes, group):
+    """Each row's rounding error, spread by least squares on the rows that follow (OBQ), in float64; parts have scales and bits."""
     rng = np.random.default_rng(1)
     rows, count = sum(sizes), 10 * sum(sizes)
     x, w = rng.standard_normal((count, rows)), rng.standard_normal((rows, 4))
@@ -204,7 +255,8 @@ def test_gptq_is_its_sequential_definition(sizes):
     damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(rows)
     bits, parts = [3, 4, 4][-len(sizes) :], np.split(w, np.cumsum(sizes)[:-1])
     top = np.repeat([2 ** (b - 1) - 1 for b in bits], sizes)[:, None]
-    scale = np.concatenate([np.broadcast_to(np.abs(p).max(0), p.shape) for p in parts]) / top
+    sharing = [rows for i, p in enumerate(parts) for rows in np.split(p, len(p) // group if group and i == 0 else 1)]
+    scale = np.concatenate([np.broadcast_to(np.abs(p).max(0), p.shape) for p in sharing]) / top
     left, codes = w.copy(), np.zeros(w.shape)
     for k in range(rows):
         codes[k] = np.clip(np.round(left[k] / scale[k]), -top[k] - 1, top[k])
@@ -212,7 +264,7 @@ def test_gptq_is_its_sequential_definition(sizes):
         # minimise (e, d)^T H (e, d) over the later rows' change d
         if k < rows - 1:
             left[k + 1 :] += np.linalg.solve(damped[k + 1 :, k + 1 :], damped[k + 1 :, k : k + 1]) @ error[None]
-    got = gptq([jnp.asarray(p, jnp.float32) for p in parts], jnp.asarray(h, jnp.float32), bits, [None] * len(sizes))
+    got = gptq([jnp.asarray(p, jnp.float32) for p in parts], jnp.asarray(h, jnp.float32), bits, [None] * len(sizes), group=group)
     assert [q.bits for q in got] == bits
     assert (np.concatenate([q.codes() for q in got]) == codes).all()
 

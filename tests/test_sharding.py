@@ -20,7 +20,7 @@ from splitq_jax import models, sharding
 from splitq_jax.acc import LowRank
 from splitq_jax.errors import InputError
 from splitq_jax.linear import Group
-from splitq_jax.qtensor import quantize_matrix
+from splitq_jax.qtensor import quantize_columns, quantize_rows
 from splitq_jax.transforms import Transform
 
 MESHES = {
@@ -51,10 +51,10 @@ def quantized() -> tuple[Any, Any]:
 
     def rows(k: int) -> Group:
         transform = Transform(jnp.ones(k), None, jnp.eye(k))
-        return Group(transform, None, quantize_matrix(jnp.asarray(rng.standard_normal((k, 32)), jnp.float32), 3), 16)
+        return Group(transform, None, quantize_columns(jnp.asarray(rng.standard_normal((k, 32)), jnp.float32), 3), 16)
 
     u, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((32, 4), (4, 32)))
-    branches = LowRank(quantize_matrix(u, 8), quantize_matrix(v, 8, axis=1), jnp.ones(3), jnp.ones(4))
+    branches = LowRank(quantize_columns(u, 8), quantize_rows(v, 8), jnp.ones(3), jnp.ones(4))
     perm = jnp.asarray(rng.permutation(48), jnp.int32)
     site["kernel"] = sq.SplitWeight(perm, (rows(32), rows(8), rows(8)), branches, "text", 16)
     return model, params
@@ -103,7 +103,7 @@ SPECS: list[tuple[str, tuple[int, ...], P]] = [
     # under calibration
     (f"{LAYER}/down/kernel/w", (48, 32), P("tensor", "fsdp")),
     (f"{LAYER}/down/kernel/branches/u", (48, 4), P("tensor", None)),
-    (f"{LAYER}/down/kernel/groups/0/w_clip", (2, 32), P(None, "fsdp")),
+    (f"{LAYER}/down/kernel/groups/0/w_clip", (2, 1, 32), P(None, None, "fsdp")),
     # no parameter, and another number of axes than a parameter of that name has
     ("decoder.blocks_0.qkv/absmax", (3, 32), P()),
     ("x/kernel", (4, 8, 16), P()),

@@ -112,8 +112,8 @@ def matrix(rows: int, columns: int, bits: int, group: int = 0, row_scales: bool 
     return QTensor((words,), array(scale, "float32"), bits, rows)
 
 
-def site(width: int, columns: int, bits: tuple[int, int], split: bool = True) -> SplitWeight:
-    """A site as `freeze` leaves it, its numbers left out; ``split=False``: the product alone."""
+def site(width: int, columns: int, bits: tuple[int, int], split: bool = True, group: int = 0) -> SplitWeight:
+    """A site as `freeze` leaves it, its numbers left out; ``split=False``: the product alone; ``group``: rows that share a scale."""
     (w_bits, a_bits), side_w, side_a = bits, max(4, bits[0]), max(4, bits[1])
     k = SplitSize().channels(width) if split else 0
     sizes = [size for size in (width - 2 * k, k, k) if size]
@@ -131,7 +131,12 @@ def site(width: int, columns: int, bits: tuple[int, int], split: bool = True) ->
         gates = array((rank(0.02),), "float32"), array((most,), "float32") if a_bits < 16 else None
         branches = LowRank(matrix(sizes[0], most, side_w), matrix(most, columns, side_w, row_scales=True), *gates)
     groups = tuple(
-        Group(transform(size), array((2,), "float32"), matrix(size, columns, side_w if i else w_bits), side_a if i else a_bits)
+        Group(
+            transform(size),
+            array((2,), "float32"),
+            matrix(size, columns, side_w) if i else matrix(size, columns, w_bits, group),
+            side_a if i else a_bits,
+        )
         for i, size in enumerate(sizes)
     )
     perm = array((width,), "int32") if split else None

@@ -34,8 +34,8 @@ def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
         return "no tokens"
     if main.bits not in PLANES:
         return f"weights of {main.bits} bits"
-    if _scale(main).shape[0] > 1 and not isinstance(w, QTensor):
-        return "scales per group of rows in a site"
+    if _scale(main).shape[0] > 1 and not (isinstance(w, QTensor) or keeps_floats(w)):
+        return "codes of activations beside scales per group of rows"
     if _scale(main).shape[0] > 1 and main.group not in (32, 64) and main.group % STEP:
         return f"groups of {main.group} rows"
     if not isinstance(w, QTensor):
@@ -78,6 +78,14 @@ def _scale(w: QTensor) -> Float[Array, "G N"]:
     return w.scale.astype(jnp.float32)
 
 
+def _group_scale(laid: QTensor) -> tuple[Float[Array, "G N"], int | None]:
+    """Return scales for all padded rows, and how many rows share one, None where all do."""
+    scale = _scale(laid)
+    if scale.shape[0] == 1:
+        return scale, None
+    return jnp.pad(scale, ((0, -(-laid.padded_rows // laid.group) - scale.shape[0]), (0, 0))), laid.group
+
+
 def quantize_activations(
     x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None, *, interpret: bool = False
 ) -> Activations:
@@ -99,17 +107,18 @@ def quantized_matmul(
     """Multiply prepared tokens by a site (see `api.quantized_matmul`)."""
     laid = _relayout_site(w)
     main, narrow = laid.groups[0].w, segments(laid)
+    scale, group = _group_scale(main)
     operands = Operands(
         x=_fit(a.values if a.scale is not None else a.values.astype(jnp.bfloat16), main),
         planes=main.words,
-        scale=_scale(main),
+        scale=scale,
         token_scale=None if a.scale is None else a.scale[:, 0].astype(jnp.float32),
         side=None if a.side is None else _side(a.side, w, laid).astype(jnp.bfloat16),
         side_words=tuple(s.w.words[0] for s in narrow),
         side_scale=tuple(s.columns.astype(jnp.float32) for s in narrow if s.columns is not None),
         bias=None if bias is None else bias.astype(jnp.float32),
     )
-    return matmul(operands, main.bits, None, dtype, interpret=interpret)
+    return matmul(operands, main.bits, group, dtype, interpret=interpret)
 
 
 def decode_matmul(
@@ -138,10 +147,7 @@ def weight_only_matmul(
 ) -> Float[Array, "M N"]:
     """Multiply float tokens by packed codes (see `api.weight_only_matmul`); tokens become bfloat16."""
     laid = _fragments(w, BFLOAT16, STEP)
-    scale = _scale(w)
-    group = None if scale.shape[0] == 1 else w.group
-    if group is not None:
-        scale = jnp.pad(scale, ((0, -(-laid.padded_rows // group) - scale.shape[0]), (0, 0)))
+    scale, group = _group_scale(laid)
     bias = None if bias is None else bias.astype(jnp.float32)
     operands = Operands(widen(x.astype(jnp.bfloat16), laid.padded_rows), laid.words, scale, None, None, (), (), bias)
     return matmul(operands, laid.bits, group, dtype, interpret=interpret)

@@ -37,8 +37,8 @@ def refuses(job: str, w: SplitWeight | QTensor, tokens: int) -> str | None:
         return reason
     if any(m.bits not in {4, 8} for m in (*side, *narrow)):
         return "side groups or branches of other than 4 or 8 bits"
-    if main.group != main.rows:
-        return "a split site with grouped scales"
+    if main.group != main.rows and not keeps_floats(w):
+        return "codes of activations beside scales per group of rows"
     if keeps_floats(w) and w.branches is not None and w.branches.mac is not None:
         return "MAC with activations that stay floats"
     if keeps_floats(w) and any(g.a_bits < FLOAT_BITS for g in w.groups[1:]):
