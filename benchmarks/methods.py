@@ -19,7 +19,7 @@ from splitq_jax import calib, demo_model, recipe
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
-from splitq_jax.commands import FIT_FLAGS, RECIPE_FLAGS
+from splitq_jax.commands.quantize import FIT_FLAGS, RECIPE_FLAGS
 from splitq_jax.flags import add_fields, given
 from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import Setup, keep_freed_memory, quantized, result_row

@@ -72,8 +72,7 @@ def _run(arguments: list[str]) -> int:
         usage = f"splitq {name} {USAGES[name]} [flags]" if name in USAGES else f"splitq {name} [flags]"
         command = commands.add_parser(name, usage=usage, help=text, description=text[0].upper() + text[1:] + ".")
         if name == chosen:
-            module = import_module("splitq_jax.commands")
-            getattr(module, f"add_{name}")(command)
+            import_module(f"splitq_jax.commands.{name}").add_flags(command)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

@@ -1,0 +1,53 @@
+"""``splitq eval``: the questions of a data set."""
+
+import argparse
+from pathlib import Path
+
+from splitq_jax import eval as evaluation
+from splitq_jax import models
+from splitq_jax.commands.common import add_data, add_model, add_output, is_quantized, output_of
+from splitq_jax.errors import InputError
+from splitq_jax.manifest import read_manifest
+from splitq_jax.models.convert import PARAMS
+from splitq_jax.output import make_console, progress_bar
+from splitq_jax.pipeline import Setup, result_row, source
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``splitq eval``."""
+    add_model(parser)
+    add_data(parser)
+    add_output(parser, required=False)
+    parser.add_argument("--reference", type=Path, default=None, help="the float model's folder, for agreement and KL")
+    parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="of easy-vqa (default: test)")
+    parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Evaluate a model and print (and write) its row."""
+    console = make_console()
+    data = source(options.data, options.data_dir)
+    setup = Setup.open(options.model, data, options.follow_links)
+    questions = setup.questions(options.split, options.limit)
+    rows, reference = [], None
+    with progress_bar(console) as bar:
+        if options.reference is not None:
+            model, params = models.load(options.reference, follow_links=options.follow_links)
+            if is_quantized(params):
+                raise InputError(f"--reference {options.reference}: is quantized; give the float model")
+            reference = evaluation.evaluate(model, params, questions, progress=bar, label="float")
+            rows.append(result_row(reference, params, "float", "float", 0, 0.0))
+        result = evaluation.evaluate(setup.model, setup.params, questions, reference, progress=bar, label=str(options.model))
+    manifest = options.model / PARAMS / "manifest.json"
+    made = (read_manifest(manifest.parent) if manifest.is_file() else {}).get("recipe") or {}
+    method, scheme = made.get("method", "float"), made.get("scheme", "float")
+    if rows and (method, scheme) == ("float", "float"):
+        method = "float (MODEL)"
+    rows.append(result_row(result, setup.params, method, scheme, made.get("seed", 0), 0.0))
+    console.print(evaluation.table(rows))
+    if options.out is not None:
+        facts = {"model": str(options.model), "reference": str(options.reference), "data": options.data, "split": options.split}
+        with output_of(options) as folder:
+            evaluation.write(evaluation.Report(f"{method} {scheme} on {options.data}", facts, tuple(rows)), folder)
+        console.print(f"Wrote {options.out}")

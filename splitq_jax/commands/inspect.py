@@ -1,0 +1,53 @@
+"""``splitq inspect``: a quantized model layer by layer."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import splitq_jax as sq
+from splitq_jax import quantization
+from splitq_jax.commands.common import layer_table
+from splitq_jax.errors import InputError
+from splitq_jax.eval.plots import channel_maxima
+from splitq_jax.models.convert import PARAMS
+from splitq_jax.output import make_console
+from splitq_jax.pipeline import CHANNELS, channels_of
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of ``splitq inspect``."""
+    parser.add_argument("model", type=Path, help="a quantized model's folder")
+    parser.add_argument(
+        "--plots", type=Path, default=None, help="folder for a plot (SVG) of each site's per-channel maxima, split channels marked"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Show a quantized model layer by layer."""
+    params, manifest = sq.restore(options.model / PARAMS)
+    if manifest["recipe"] is None:
+        raise InputError(f"{options.model}: is not quantized; run splitq quantize first")
+    console = make_console()
+    made = manifest["recipe"]
+    console.print(f"{made['method']} {made['scheme']}, seed {made['seed']}; written with {manifest['versions']}")
+    console.print(layer_table(params, (manifest["extra"] or {}).get("site_errors", {})))
+    console.print(
+        f"{quantization.stored_bytes(params) / 1e6:,.1f} MB; {quantization.effective_bits(params):.2f} bits a quantized weight, all told"
+    )
+    if options.plots is not None:
+        maxima, _ = sq.restore(options.model / CHANNELS)
+        leaves = quantization.kernels(params)
+        plots = {
+            name: channel_maxima(channels_of(path, np.asarray(absmax), leaves[path]))
+            for name, absmax in maxima.items()
+            if (path := name.replace(".", "/")) in leaves
+        }
+        try:
+            options.plots.mkdir(parents=True, exist_ok=True)
+            for name, svg in plots.items():
+                (options.plots / f"{name}.svg").write_text(svg, encoding="utf-8")
+        except OSError as e:
+            raise InputError(f"--plots {options.plots}: cannot be written ({e.strerror}); give another folder") from None
+        console.print(f"Wrote {len(plots)} plots to {options.plots}")
