@@ -9,12 +9,14 @@ import ml_dtypes
 import numpy as np
 
 from splitq_jax.acc import LowRank
-from splitq_jax.kernels import operands
+from splitq_jax.kernels import api, operands
 from splitq_jax.linear import Group, SplitWeight
 from splitq_jax.packing import TILE_ROWS, padded_rows, slab_rows
 from splitq_jax.qtensor import QTensor
 from splitq_jax.transforms import IDENTITY, Transform, factors, orthogonal
 
+BACKENDS = ["reference", *sorted(api.MODULES)]
+SCHEMES = [(4, 8), (4, 4), (3, 8), (3, 4), (3, 3), (3, 2)]  # bits of weights and activations
 ACCUMULATION = 2.0**-20  # float32 sums, as a share of the sum of magnitudes
 
 
