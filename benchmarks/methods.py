@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=list(recipe.METHODS))
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
-    parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions")
+    parser.add_argument("--limit", type=int, default=0, help="ask only the first so many questions; 0 for all")
     parser.add_argument("--split", dest="part", default="test", choices=("validation", "test"), help="of the questions")
     add_fields(parser.add_argument_group("recipe", "added to the methods' names in the table"), Recipe, RECIPE_FLAGS)
     add_fields(parser.add_argument_group("training"), FitConfig, FIT_FLAGS)

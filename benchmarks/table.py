@@ -26,6 +26,16 @@ NAMES = {
 }
 GPTQ = "rounding=gptq"
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
+WEIGHTS = {  # weight-only
+    f"{method}{group}{rounding}": f"{name}{', groups of 32' * bool(group)}"
+    for method, rounding, name in (
+        ("rtn", "", "RTN"),
+        ("rtn", f",{GPTQ}", "GPTQ alone"),
+        ("flatquant", f",{GPTQ}", "FlatQuant, GPTQ"),
+        ("splitq", f",{GPTQ}", "SplitQ, GPTQ"),
+    )
+    for group in ("", ",group=32")
+}
 Rows = list[dict[str, Any]]
 
 
@@ -63,8 +73,10 @@ def rounded(rows: Rows, gptq: bool) -> Rows:
     return [row | {"method": row["method"].removesuffix(f",{GPTQ}")} for row in chosen]
 
 
-def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "") -> str:
-    """Return a table of the methods: accuracy and KL, with its range, for each column's title, rows and scheme, and the bits of one scheme.
+def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "", names: dict[str, str] = NAMES) -> str:
+    """Return a table of the methods of these names: accuracy and KL with its range, for each column's title, rows and scheme.
+
+    ``bits_of`` adds the bits of one scheme.
 
     Schemes that no row has, and methods that no column has, are left out; a dash stands where nothing was run.
     """
@@ -74,7 +86,7 @@ def compared(columns: list[tuple[str, Rows, str]], bits_of: str = "") -> str:
         "|---" * (1 + 2 * len(columns) + bool(bits_of)) + "|",
         "| " + "| right | KL " * len(columns) + "|" + " |" * bool(bits_of),
     ]
-    for method, name in NAMES.items():
+    for method, name in names.items():
         line, bits = f"| {name} |", "–"
         for _, rows, scheme in columns:
             found = means(rows, method, scheme)
@@ -101,13 +113,18 @@ def tables() -> dict[str, str]:
     results = ROOT / "benchmarks/results"
     names = ("demo_light*", "demo_full*", "smolvlm_light*")
     light, full, large = (rows_of(*(f for f in sorted(results.glob(name)) if not f.stem.endswith("_8_channels"))) for name in names)
-    further = (("`demo`, `--effort full`", full), ("`smolvlm`, light", large))
+    further = (
+        ("`demo`, `--effort full`", rounded(full, False)),
+        ("`smolvlm`, light", rounded(large, False)),
+        ("`smolvlm`, light, GPTQ", rounded(large, True)),
+    )
     gptq = [(s.upper(), rounded(light, True), s) for s in SCHEMES]
     gptq += [(f"{s.upper()}, 480 steps", rounded(full, True), s) for s in SCHEMES]
     return {
         "gptq": compared(gptq).replace("| RTN |", "| GPTQ alone |"),
         "nearest": compared([(s.upper(), rounded(light, False), s) for s in SCHEMES], bits_of="w4a4"),
-        "further": compared([(f"{title}, {s.upper()}", rounded(rows, False), s) for title, rows in further for s in SCHEMES]),
+        "further": compared([(f"{title}, {s.upper()}", rows, s) for title, rows in further for s in SCHEMES]),
+        "weights": compared([(s.upper(), light, s) for s in ("w4a16", "w3a16", "w2a16")], bits_of="w3a16", names=WEIGHTS),
     }
 
 

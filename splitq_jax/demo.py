@@ -104,7 +104,7 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
     console.print(f"Building the demo VLM: {demo_model.SIZES[config.size]} blocks of SmolLM2-135M and an image encoder")
     demo_model.build(config.size, out / "model", seed=config.model_seed, base=config.base)
     setup = Setup.open(out / "model", EasyVqa(out / "data"))
-    test = setup.questions("test", config.limit or None)
+    test = setup.questions("test", config.limit)
     samples, held_out = setup.calibration(config.samples, config.seed), setup.calibration(16, config.seed, "validation")
     with progress_bar(console) as bar:
 

@@ -99,16 +99,16 @@ class Setup:
         asked, told = self.processor.exchange(example.question, example.image, example.answer)
         return split(asked, told, self.model.config.placeholders, self.processor.stop_ids)
 
-    def questions(self, split: str, limit: int | None) -> list[Batch]:
-        """Return the questions of a split, the first ``limit`` of them or all.
+    def questions(self, split: str, limit: int = 0) -> list[Batch]:
+        """Return the questions of a split, the first ``limit`` of them; 0 for all.
 
         Raises:
-          InputError: a limit below 1.
+          InputError: a negative limit.
         """
-        if limit is not None and limit < 1:
-            raise InputError(f"--limit {limit}: expected at least one question")
-        images = None if limit is None else range(min(limit, self.data.count(split)))
-        records = self.data.records(split, images)[:limit]
+        if limit < 0:
+            raise InputError(f"--limit {limit}: expected a number of questions, or 0 for all")
+        images = range(min(limit, self.data.count(split))) if limit else None
+        records = self.data.records(split, images)[: limit or None]
         # several lengths save padding and cost a compilation each
         lengths = EVALUATION_LENGTHS if isinstance(self.data, EasyVqa) and len(records) >= MANY else None
         return self.batches(records, 16, lengths)

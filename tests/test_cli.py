@@ -134,7 +134,7 @@ REFUSED = {
     "no such size": (["demo", "--size", "foo"], "--size 'foo'"),
     "no demo seed": (["demo", "--seed", "-1"], "--seed -1"),
     "output exists": (["convert", "MODEL", "--out", "FLAX"], "--overwrite"),
-    "no limit": (["eval", "MODEL", "--data", "SET", "--limit", "0"], "--limit 0"),
+    "no limit": (["eval", "MODEL", "--data", "SET", "--limit", "-1"], "--limit -1"),
 }
 
 

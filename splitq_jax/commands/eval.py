@@ -20,7 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add_output(parser, required=False)
     parser.add_argument("--reference", type=Path, default=None, help="the float model's folder, for agreement and KL")
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"), help="of easy-vqa (default: test)")
-    parser.add_argument("--limit", type=int, default=None, help="ask only the first so many questions")
+    parser.add_argument("--limit", type=int, default=0, help="ask only the first so many questions; 0 for all (default: 0)")
     parser.set_defaults(run=run)
 
 
