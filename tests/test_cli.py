@@ -118,7 +118,7 @@ REFUSED = {
     "not quantized": (["inspect", "FLAX"], "not quantized"),
     "converted already": (["convert", "FLAX", "--out", "OUT"], "converted or quantized already"),
     "output is a model": (["convert", "MODEL", "--out", "MODEL", "--overwrite"], "which is read"),
-    "output is another model": (["convert", "MODEL", "--out", "FLAX", "--overwrite"], "left alone"),
+    "output is another model": (["convert", "MODEL", "--out", "OTHER", "--overwrite"], "left alone"),
     "output holds the model": (["quantize", "MODEL", "--out", "HERE", "--overwrite", "--data", "SET"], "which is read"),
     "no folder's name": (["convert", "MODEL", "--out", "a\0b"], "no folder's name"),
     "a run folder of another's": (["quantize", *QUANTIZE, "--run-folder", "MODEL"], "holds other files"),
@@ -126,9 +126,9 @@ REFUSED = {
     "no seed": (["calibrate", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "4", "--seed", "-1"], "--seed -1"),
     "no rate": (["calibrate", "MODEL", "--out", "OUT", "--data", "SET", "--samples", "4", "--split-rate", "nan"], "split rate nan"),
     "no statistics": (["quantize", *QUANTIZE, "--stats", "FLAX"], "holds no statistics"),
-    "config of another model": (["generate", "FLAX", "what"], "config.text.ropes"),
-    "plots over a file": (["inspect", "FLAX", "--plots", "SET"], "--plots"),
-    "a quantized reference": (["eval", "MODEL", "--data", "SET", "--reference", "FLAX"], "is quantized"),
+    "config of another model": (["generate", "EDITED", "what"], "config.text.ropes"),
+    "plots over a file": (["inspect", "CODES", "--plots", "SET"], "--plots"),
+    "a quantized reference": (["eval", "MODEL", "--data", "SET", "--reference", "CODES"], "is quantized"),
     "endless answer": (["generate", "MODEL", "what", "--max-new-tokens", "99999999999"], "max_new_tokens 99999999999"),
     "long scheme": (["quantize", *QUANTIZE, "--scheme", f"w{'9' * 5000}a4"], "wXaY"),
     "no such size": (["demo", "--size", "foo"], "--size 'foo'"),
@@ -138,37 +138,37 @@ REFUSED = {
 }
 
 
+def prepared(name: str, home: Path, root: Path) -> Path:
+    """Return what a word in capitals stands for, made when it is asked for."""
+    path = root / name.lower()
+    sample = {"question": "what", "answer": "red"}
+    if name in ("MODEL", "OTHER"):
+        shutil.copytree(home / "model", path)
+    elif name == "FLAX":
+        assert run("convert", home / "model", "--out", path) == 0
+    elif name == "EDITED":
+        assert run("convert", home / "model", "--out", path) == 0
+        change_json(path / "config.json", lambda config: config["text_config"].update(rope_theta=5.0, rope_parameters=None))
+    elif name == "CODES":
+        assert run("quantize", home / "model", "--out", path, "--method", "rtn", *FAST, "--data", home / "set.jsonl") == 0
+    elif name == "TEXT":
+        path = root / "text.jsonl"
+        path.write_text(json.dumps(sample))
+    elif name == "CORRUPT":
+        path = root / "corrupt.jsonl"
+        (root / "corrupt.png").write_bytes((home / "0.png").read_bytes()[:60])
+        path.write_text(json.dumps(sample | {"image": "corrupt.png"}))
+    return {"SET": home / "set.jsonl", "HERE": root}.get(name, path)
+
+
+PLACES = ("MODEL", "OTHER", "FLAX", "EDITED", "CODES", "TEXT", "CORRUPT", "SET", "OUT", "HERE", "NONE")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_leaves_nothing_behind(name: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(home / "model", tmp_path / "model")
-    shutil.copytree(home / "model", tmp_path / "flax")
-    sample = {"question": "what", "answer": "red"}
-    (tmp_path / "text.jsonl").write_text(json.dumps(sample))
-    (tmp_path / "corrupt.png").write_bytes((home / "0.png").read_bytes()[:60])
-    (tmp_path / "corrupt.jsonl").write_text(json.dumps(sample | {"image": "corrupt.png"}))
-    if name in ("not quantized", "converted already", "no statistics", "config of another model"):
-        shutil.rmtree(tmp_path / "flax")
-        assert run("convert", tmp_path / "model", "--out", tmp_path / "flax") == 0
-    if name in ("plots over a file", "a quantized reference"):
-        shutil.rmtree(tmp_path / "flax")
-        quantized = ["--out", tmp_path / "flax", "--method", "rtn", *FAST, "--data", home / "set.jsonl"]
-        assert run("quantize", tmp_path / "model", *quantized) == 0
-    if name == "config of another model":
-        change_json(
-            tmp_path / "flax" / "config.json", lambda config: config["text_config"].update(rope_theta=5.0, rope_parameters=None)
-        )
-    places = {
-        "MODEL": "model",
-        "FLAX": "flax",
-        "OUT": "out",
-        "HERE": ".",
-        "NONE": "none",
-        "TEXT": "text.jsonl",
-        "CORRUPT": "corrupt.jsonl",
-    }
-    before = sorted(tmp_path.rglob("*"))
     arguments, message = REFUSED[name]
-    paths = {k: str(tmp_path / v) for k, v in places.items()} | {"SET": str(home / "set.jsonl")}
+    paths = {a: str(prepared(a, home, tmp_path)) for a in sorted(set(arguments) & set(PLACES))}
+    before = sorted(tmp_path.rglob("*"))
     assert run(*[paths.get(a, a) for a in arguments]) == 2
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
