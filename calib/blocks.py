@@ -53,6 +53,14 @@ def block_params(params: Params, i: int) -> Params:
     return found
 
 
+def outer_params(params: Params) -> Params:
+    """Return all parameters but the decoder's blocks; those in host memory on the default device."""
+    outer = {name: child for name, child in params.items() if name != "decoder"}
+    outer["decoder"] = {k: v for k, v in params["decoder"].items() if not k.startswith("blocks_")}
+    placed: Params = jax.device_put(outer)
+    return placed
+
+
 def pad_rows(hidden: Hidden, multiple: int) -> Hidden:
     """Repeat the last sample until the mesh divides the batch; the copies are marked invalid and count for nothing."""
     rows = -hidden.x.shape[0] % multiple
@@ -71,9 +79,7 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
     Raises:
       InputError: no batch at all.
     """
-    outer = {name: child for name, child in params.items() if name != "decoder"}
-    outer["decoder"] = {k: v for k, v in params["decoder"].items() if not k.startswith("blocks_")}
-    empty = True
+    outer, empty = outer_params(params), True
     for batch in batches:
         empty = False
         out = jax.tree.map(_in_float32, _embed(model, outer, model.prepare(batch)))

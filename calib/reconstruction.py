@@ -4,6 +4,7 @@ Teacher and student read the float input of the block; the loss is the error of 
 value. Samples are shared over the ``data`` axis; the gradient is the mean over it.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -106,7 +107,7 @@ def fit(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> tuple[Params, list[BlockError]]:
-    """Train the `TrainableSplit` leaves of ``prepared``, block by block, in order.
+    """Train the `TrainableSplit` leaves of ``prepared``, block by block, in order; each block is on the devices while its turn lasts.
 
     Args:
       model: the Flax model.
@@ -138,6 +139,7 @@ def fit(
     for i in range(depth):
         teacher, untrained = on_all(mesh, block_params(params, i)), block_params(prepared, i)
         sites = {k: v for k, v in kernels(untrained).items() if isinstance(v, TrainableSplit)}
+        without_grams = replace_kernels(untrained, {n: dataclasses.replace(site, gram=None) for n, site in sites.items()})
         start = {n: learnable(site) for n, site in sites.items()}
         advance = forward(model.block(i), mesh)
         step, optimizer, measure = _functions(model.block(i), mesh, config, samples)
@@ -145,7 +147,7 @@ def fit(
         (y_test,) = advance(teacher, [test]) if test is not None else (None,)
         probe, probe_y = (data, y) if test is None or y_test is None else (test, y_test)
         # on the mesh from the start: arrays placed otherwise would be compiled for apart
-        student, theta = on_all(mesh, (untrained, start))
+        student, theta = on_all(mesh, (without_grams, start))
         kept = None if run is None else run.load(i, theta)
         if kept is None or (measured and not np.isfinite(kept[1][1])):
             before = after_training = measure(student, theta, probe, probe_y) if measured else np.nan
@@ -168,11 +170,15 @@ def fit(
         theta, (before, after_training) = kept
         if measured:
             errors.append(BlockError(block_name(i), before, after_training))
-        theta = jax.tree.map(lambda learned, first: jax.device_put(learned, first.sharding), theta, start)  # where it was
+        theta = jax.tree.map(_where_it_was, theta, start)
         trained = replace_kernels(untrained, {n: with_learnable(site, theta[n]) for n, site in sites.items()})
         prepared = {**prepared, "decoder": {**prepared["decoder"], f"blocks_{i}": trained}}
         data, test = after(i, y), None if y_test is None else after(i, y_test)
     return prepared, errors
+
+
+def _where_it_was(learned: Array, first: Array | np.ndarray) -> Array | np.ndarray:
+    return np.asarray(learned) if isinstance(first, np.ndarray) else jax.device_put(learned, first.sharding)
 
 
 def take(hidden: Hidden, rows: np.ndarray) -> Hidden:

@@ -27,7 +27,7 @@ def site_errors(model: Any, params: Params, quantized: Params, batches: Iterable
     hiddens = list(embed(model, params, batches))
     errors: dict[str, float] = {}
     for i in range(model.config.num_layers):
-        p, q = block_params(params, i), block_params(quantized, i)
+        p, q = jax.device_put((block_params(params, i), block_params(quantized, i)))
         outs, parts = [], []
         for hidden in hiddens:
             y, sums = _sums(model.block(i))(p, q, hidden.x, hidden.context)

@@ -28,6 +28,7 @@ from splitq_jax.calib.blocks import (
     embed,
     finite,
     on_all,
+    outer_params,
     pad_rows,
     place,
     sharded,
@@ -54,7 +55,7 @@ def collect(
     mesh: Mesh | None = None,
     progress: Progress | None = None,
 ) -> dict[str, SiteStats]:
-    """Collect the statistics of all decoder sites (and, on request, of the vision tower's).
+    """Collect the statistics of all decoder sites (and, on request, of the vision tower's), as arrays in host memory.
 
     Args:
       model: the Flax model.
@@ -103,9 +104,9 @@ def collect(
             ranks = part if not ranks else {n: ranks[n] + part[n] for n in part}
         for n, s in sums.items():
             stats[f"{block_name(i)}/{n}"] = SiteStats(
-                **{k: jnp.asarray(v, jnp.float32) for k, v in s.items()},
-                vision_channels=jnp.asarray(chosen[n], jnp.int32),
-                ranks=jnp.asarray(ranks[n]),
+                **{k: np.asarray(v, np.float32) for k, v in s.items()},
+                vision_channels=np.asarray(chosen[n], np.int32),
+                ranks=ranks[n],
             )
         hiddens = [after(i, h) for h in outs]
         count_block()
@@ -210,20 +211,21 @@ def _vision_stats(model: Any, params: Params, batches: list[Batch], gram: bool) 
         return found
 
     total: dict[str, dict[str, np.ndarray]] = {}
+    outer = outer_params(params)
     for batch in batches:
-        part = jax.tree.map(np.asarray, run(params, model.prepare(batch)))
+        part = jax.tree.map(np.asarray, run(outer, model.prepare(batch)))
         if part:  # a batch of text has no images
             total = part if not total else {path: _add(total[path], part[path]) for path in part}
     out = {}
     for path, s in total.items():
         finite(path, s["abs_sum"], "activations")
         squares = s.pop("gram", None)
-        only_vision = {k: jnp.zeros((3, v.shape[0])).at[VISION].set(v) for k, v in s.items()}
+        only_vision = {k: np.stack([v if c == VISION else np.zeros_like(v) for c in range(3)]) for k, v in s.items()}
         out[path] = SiteStats(
             **only_vision,
-            count=jnp.ones(3),
-            vision_channels=jnp.zeros(0, jnp.int32),
-            ranks=jnp.zeros((s["absmax"].shape[0], 1), jnp.int32),
-            gram=None if squares is None else jnp.asarray(squares),
+            count=np.ones(3, np.float32),
+            vision_channels=np.zeros(0, np.int32),
+            ranks=np.zeros((s["absmax"].shape[0], 1), np.int32),
+            gram=squares,
         )
     return out

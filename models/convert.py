@@ -50,7 +50,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def load(
-    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, follow_links: bool = False
+    folder: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, on_host: bool = False, follow_links: bool = False
 ) -> tuple[VisionLanguageModel, Params]:
     """Load a model: a Hugging Face folder, or one that ``splitq convert`` or ``splitq quantize`` wrote.
 
@@ -62,6 +62,7 @@ def load(
       dtype: of the parameters; a converted or quantized folder keeps its own.
       mesh: devices to place the parameters on, with some of the axes ``data``, ``fsdp`` and ``tensor``; see `splitq_jax.sharding`.
         None: the default device.
+      on_host: leave the parameters in host memory, as numpy arrays: to quantize what is larger than a device.
       follow_links: allow weights that link out of the folder, as in the hub's cache.
 
     Returns:
@@ -75,11 +76,13 @@ def load(
     _check_dtype(dtype)
     if is_converted(folder):
         model = _model(folder)
-        params, manifest = restore(folder / PARAMS, mesh=mesh)
+        params, manifest = restore(folder / PARAMS, mesh=mesh, on_host=on_host)
         _check_config(folder, model, manifest["config"])
         return model, params
     model, tree = deferred(folder, dtype=dtype, follow_links=follow_links)
     leaves = flatten_dict(tree, sep="/")
+    if on_host:
+        return model, unflatten_dict({path: leaf.read() for path, leaf in leaves.items()}, sep="/")
     places = {path: None if mesh is None else sharding(path, leaf.shape, mesh) for path, leaf in leaves.items()}
     return model, unflatten_dict({path: place(leaf.read(), places[path]) for path, leaf in leaves.items()}, sep="/")
 

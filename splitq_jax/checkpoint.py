@@ -111,12 +111,13 @@ def save(
     return Path(path)
 
 
-def restore(path: str | Path, *, mesh: Mesh | None = None) -> tuple[Any, dict[str, Any]]:
+def restore(path: str | Path, *, mesh: Mesh | None = None, on_host: bool = False) -> tuple[Any, dict[str, Any]]:
     """Read a checkpoint, bit for bit as it was saved, in any process; no template is needed.
 
     Args:
       path: the folder.
       mesh: devices to place the arrays on, as `splitq_jax.sharding` says, whatever mesh they were saved from; None: one device.
+      on_host: give numpy arrays in host memory instead.
 
     Returns:
       The parameter tree and the manifest.
@@ -129,20 +130,23 @@ def restore(path: str | Path, *, mesh: Mesh | None = None) -> tuple[Any, dict[st
     manifest = read_manifest(folder)
     leaves = manifest["leaves"]
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = {k: one if mesh is None else sharding(k, tuple(v["shape"]), mesh) for k, v in leaves.items()}
+    places = {k: None if on_host else one if mesh is None else sharding(k, tuple(v["shape"]), mesh) for k, v in leaves.items()}
     parts: dict[int, list[str]] = {}
     for name, entry in leaves.items():
         parts.setdefault(int(entry.get("part", 0)), []).append(name)
     # files first: damaged bytes never reach orbax's decoders
     if damage := _file_damage(folder, manifest["files"], {0, *parts}):
         raise InputError(f"{folder}: {'; '.join(damage[:5])}; copy the folder again")
-    arrays: dict[str, jax.Array] = {}
+    arrays: dict[str, Any] = {}
     for number, names in parts.items():
         try:
             read = _read_arrays(_folder(folder, number), {k: places[k] for k in names if math.prod(leaves[k]["shape"])})
         except Exception as e:  # orbax and tensorstore raise what they like
             raise InputError(f"{folder}: orbax cannot read {ARRAYS}: {e}; restore it with the versions in {MANIFEST}") from e
-        read |= {k: jnp.zeros(leaves[k]["shape"], leaves[k]["dtype"], device=places[k]) for k in names if k not in read}
+        for name in names:
+            if name not in read:  # holds nothing
+                empty = np.zeros(leaves[name]["shape"], jnp.dtype(leaves[name]["dtype"]))
+                read[name] = empty if on_host else jax.device_put(empty, places[name])
         if damage := [f"array {k}: {d}" for k, v in read.items() if (d := _leaf_damage(v, leaves[k]))]:
             raise InputError(f"{folder}: {'; '.join(damage[:5])}; copy the folder again")
         arrays |= read
@@ -257,13 +261,18 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))
 
 
-def _read_arrays(folder: Path, places: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+def _read_arrays(folder: Path, places: dict[str, jax.sharding.Sharding | None]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     if not places:
         return {}
-    how = {k: ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place) for k, place in places.items()}
+    how = {
+        k: ocp.RestoreArgs(restore_type=np.ndarray)
+        if place is None
+        else ocp.ArrayRestoreArgs(restore_type=jax.Array, sharding=place)
+        for k, place in places.items()
+    }
     wanted = ocp.args.PyTreeRestore(item=dict.fromkeys(places, 0), restore_args=how)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored: dict[str, jax.Array] = checkpointer.restore(folder.absolute(), args=wanted)
+        restored: dict[str, Any] = checkpointer.restore(folder.absolute(), args=wanted)
     return restored

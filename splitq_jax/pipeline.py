@@ -83,9 +83,10 @@ class Setup:
     data: Source
 
     @classmethod
-    def open(cls, folder: Path, data: Source, follow_links: bool = False) -> "Setup":
-        """Load a model folder."""
-        return cls(*models.load(folder, follow_links=follow_links), models.Processor.from_folder(folder), data)
+    def open(cls, folder: Path, data: Source, follow_links: bool = False, on_host: bool = False) -> "Setup":
+        """Load a model folder (see `models.load`)."""
+        model, params = models.load(folder, follow_links=follow_links, on_host=on_host)
+        return cls(model, params, models.Processor.from_folder(folder), data)
 
     def batches(self, records: Sequence[Mapping[str, Any]], batch_size: int, lengths: Sequence[int] | None) -> list[Batch]:
         """Pack questions behind their images (see `splitq_jax.eval.easy_vqa.pack`)."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from splitq_jax import acc, mocd, transforms
@@ -77,6 +78,9 @@ def replace_kernels(params: Params, leaves: Mapping[str, Any]) -> Params:
 def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
     """Turn the matched kernels into `TrainableSplit` leaves, partitioned and at the start of training.
 
+    What comes from host memory (numpy arrays, `models.load`'s ``on_host``) stays there, here and in `freeze`: a device then holds one site at
+    a time.
+
     Args:
       params: a float parameter tree.
       stats: `calib.collect`'s statistics, per site; not needed by recipes that neither split nor smooth.
@@ -95,8 +99,13 @@ def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> P
             tower = ", with the vision tower's (vision_tower=True, --vision-tower)" if path.startswith("vision/") else ""
             raise InputError(f"{path}: no calibration statistics; collect them from this model{tower}")
         seed = zlib.crc32(f"{recipe.seed}/{path}".encode())
-        leaves[path] = prepare_site(w, stats.get(path), part, seed, columns, path)
+        leaves[path] = _where(w, prepare_site(w, stats.get(path), part, seed, columns, path))
     return replace_kernels(params, leaves)
+
+
+def _where(source: Any, leaf: Any) -> Any:
+    """Return a leaf in host memory if what it was made of lies there."""
+    return jax.tree.map(np.asarray, leaf) if isinstance(source, np.ndarray) else leaf
 
 
 def layer_columns(params: Params, path: str) -> tuple[int, ...]:
@@ -239,7 +248,7 @@ def freeze(params: Params, recipe: Recipe) -> Params:
     for path, part in match(params, recipe).items():
         if not isinstance(found[path], TrainableSplit):
             raise InputError(f"{path}: a {type(found[path]).__name__}; freeze takes the tree of `prepare`, with the same recipe")
-        leaves[path] = freeze_site(found[path], part)
+        leaves[path] = _where(found[path].w, freeze_site(found[path], part))
     return replace_kernels(params, leaves)
 
 

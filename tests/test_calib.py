@@ -17,6 +17,7 @@ from splitq_jax.calib.jsonl import Jsonl
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig, token_weights
 from splitq_jax.calib.run import Run, discard, fingerprint
 from splitq_jax.errors import InputError
+from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
 from splitq_jax.mocd import FIRST, TEXT, VISION, SplitSize, select
 from splitq_jax.quantization import freeze, kernels, prepare
@@ -123,6 +124,39 @@ def test_one_and_eight_devices_train_alike():
         assert one.path == eight.path
         # `after` reads the trained parameters, compared above, through rounding: one code of a tie moves it
         np.testing.assert_allclose(one.before, eight.before, rtol=1e-4)
+
+
+def test_a_model_in_host_memory_stays_there(tiny, tmp_path):
+    """From the weights to the codes, whatever devices compute; the numbers are those of a model on a device, to the last bit."""
+    model, params = tiny
+    held = jax.tree.map(np.asarray, params)
+    mesh = calib.data_mesh(jax.devices()[:2])
+    recipe = recipe_of(
+        "splitq", rounding="gptq", vision="w4a8", cws_start=0.5, sites=("decoder/blocks_*/qkv", "decoder/blocks_*/down")
+    )
+    trees = []
+    for tree in (params, held):
+        found = calib.collect(model, tree, batches(4), SPLIT, gram=True, vision_tower=True, mesh=mesh)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found))
+        run = Run(tmp_path / f"run{len(trees)}", fingerprint(tree, recipe))
+        trained, _ = calib.fit(model, tree, prepare(tree, found, recipe), batches(4), SHORT, run=run, mesh=mesh)
+        run.close()
+        trees += [trained, freeze(trained, recipe)]
+    device, host = trees[:2], trees[2:]
+    for tree in host:
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(tree))
+    assert (tmp_path / "run0" / "run.json").read_text() == (tmp_path / "run2" / "run.json").read_text()
+    for a, b in zip(jax.tree.leaves(device), jax.tree.leaves(host), strict=True):
+        np.testing.assert_array_equal(a, b)
+    errors = [calib.site_errors(model, *pair, batches(2)) for pair in ((params, device[1]), (held, host[1]))]
+    assert errors[0] == errors[1]
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(native(host[1])))
+    sq.save(tmp_path / "codes", host[1])
+    kept, _ = sq.restore(tmp_path / "codes", on_host=True)
+    assert jax.tree.structure(kept) == jax.tree.structure(host[1])
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(host[1]), strict=True):
+        assert isinstance(a, np.ndarray) and a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("loss", ["mse", "mae", "balanced", "token"])

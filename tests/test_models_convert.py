@@ -1,6 +1,7 @@
 """Hugging Face folders in and out, and every config and tree that must be refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from folders import SINGLE, Q, change_json, change_tensors, copy, make, same
 from transformers import LlavaForConditionalGeneration as HfLlava
 
+import splitq_jax as sq
 from splitq_jax import models
 from splitq_jax.errors import InputError
 
@@ -180,6 +182,15 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 
 # --- export
+
+
+def test_a_model_may_stay_in_host_memory(whole: Path, tmp_path: Path) -> None:
+    _, params = models.load(whole)
+    sq.save(tmp_path / "params", params)
+    shutil.copy(whole / "config.json", tmp_path)
+    for folder in (whole, tmp_path):
+        _, held = models.load(folder, on_host=True)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(held)) and same(held, params)
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])

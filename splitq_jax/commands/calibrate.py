@@ -42,9 +42,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def float_setup(options: argparse.Namespace) -> Setup:
-    """Open the model and the data; a quantized model is refused."""
+    """Open the model, in host memory, and the data; a quantized model is refused."""
     keep_freed_memory()
-    setup = Setup.open(options.model, source(options.data, options.data_dir), options.follow_links)
+    setup = Setup.open(options.model, source(options.data, options.data_dir), options.follow_links, on_host=True)
     if is_quantized(setup.params):
         raise InputError(f"{options.model}: is quantized already; give the float model")
     return setup

@@ -24,9 +24,10 @@ def native(params: Any, backend: Backend | None = None) -> Any:
     memory is short, drop the tree that was given.
 
     Args:
-      params: a tree of arrays on their devices.
+      params: a tree of arrays on their devices; those in host memory are put on the default device.
       backend: who multiplies; None for the one of the devices.
     """
+    params = jax.device_put(params)  # what lies in host memory; nothing else moves
     backend = backend or _backend(params)
     params = _folded(params)
 
