@@ -34,7 +34,7 @@ WEIGHTS = {  # weight-only
         ("flatquant", f",{GPTQ}", "FlatQuant, GPTQ"),
         ("splitq", f",{GPTQ}", "SplitQ, GPTQ"),
     )
-    for group in ("", ",group=32")
+    for group in ("", ",group_size=32")
 }
 Rows = list[dict[str, Any]]
 

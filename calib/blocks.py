@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from splitq_jax.errors import InputError
+from splitq_jax.quantization import without_blocks
 
 Batch = Mapping[str, np.ndarray]
 Params = dict[str, Any]
@@ -55,9 +56,7 @@ def block_params(params: Params, i: int) -> Params:
 
 def outer_params(params: Params) -> Params:
     """Return all parameters but the decoder's blocks; those in host memory on the default device."""
-    outer = {name: child for name, child in params.items() if name != "decoder"}
-    outer["decoder"] = {k: v for k, v in params["decoder"].items() if not k.startswith("blocks_")}
-    placed: Params = jax.device_put(outer)
+    placed: Params = jax.device_put(without_blocks(params))
     return placed
 
 

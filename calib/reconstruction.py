@@ -52,11 +52,11 @@ class FitConfig:
     Attributes:
       epochs: passes over the calibration samples.
       steps: a bound on the steps a block, or None; the schedule ends there.
-      batch: samples a step.
-      transform_rate: learning rate of the transforms.
-      clip_rate: learning rate of clips and gates.
+      batch_size: samples a step.
+      transform_lr: learning rate of the transforms.
+      clip_lr: learning rate of clips and gates.
       weight_decay: AdamW's.
-      final: the cosine schedule's end, as a share of its start.
+      final_lr: the cosine schedule's end, as a share of its start.
       loss: ``mse``; ``mae``; ``balanced``: vision and text weigh alike (after MBQ, arXiv 2412.19509); ``token``: each token's error is
         divided by what the block adds to that token, so that massive tokens do not dominate.
       epsilon: AdamW's. Gradients are of a loss of 1; those far below it are rounding noise, which a small epsilon blows up to whole steps.
@@ -65,11 +65,11 @@ class FitConfig:
 
     epochs: int = 15
     steps: int | None = None
-    batch: int = 4
-    transform_rate: float = 5e-3
-    clip_rate: float = 5e-2
+    batch_size: int = 4
+    transform_lr: float = 5e-3
+    clip_lr: float = 5e-2
     weight_decay: float = 1e-2
-    final: float = 1e-3
+    final_lr: float = 1e-3
     loss: Loss = "mse"
     epsilon: float = 1e-6
     seed: int = 0
@@ -77,8 +77,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.loss not in get_args(Loss):
             raise InputError(f"loss {self.loss!r}: expected one of {', '.join(get_args(Loss))}")
-        if min(self.epochs, self.batch, 1 if self.steps is None else self.steps) < 1:
-            raise InputError(f"epochs {self.epochs}, steps {self.steps}, batch {self.batch}: each must be at least 1")
+        if min(self.epochs, self.batch_size, 1 if self.steps is None else self.steps) < 1:
+            raise InputError(f"epochs {self.epochs}, steps {self.steps}, batch_size {self.batch_size}: each must be at least 1")
 
 
 FULL = FitConfig()
@@ -188,7 +188,7 @@ def take(hidden: Hidden, rows: np.ndarray) -> Hidden:
 
 def _orders(samples: int, config: FitConfig) -> list[np.ndarray]:
     rng = np.random.default_rng(config.seed)
-    size = min(config.batch, samples)
+    size = min(config.batch_size, samples)
     orders = []
     for _ in range(config.epochs):
         order = rng.permutation(samples)
@@ -197,7 +197,7 @@ def _orders(samples: int, config: FitConfig) -> list[np.ndarray]:
 
 
 def token_weights(loss: Loss, x: Float[Array, "B L D"], y: Float[Array, "B L D"], context: Any) -> Float[Array, "B L 1"]:
-    """Return each token's weight in the loss, not yet normalised over the batch; padding gets 0."""
+    """Return each token's weight in the loss, up to a factor that all share; padding gets 0. Under `jax.shard_map` over ``data``."""
     valid = context.valid.astype(y.dtype)
     if loss == "token":
         valid = valid / jnp.maximum(jnp.sum((y - x) ** 2, axis=-1), 1e-12)
@@ -214,14 +214,14 @@ def _functions(block: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
     steps = len(_orders(samples, config))
 
     def rate(start: float) -> Any:
-        return optax.cosine_decay_schedule(start, steps, alpha=config.final)
+        return optax.cosine_decay_schedule(start, steps, alpha=config.final_lr)
 
     def adamw(start: float) -> Any:
         # one vector for all the small arrays: a fraction of the time to compile
         return optax.flatten(optax.adamw(rate(start), eps=config.epsilon, weight_decay=config.weight_decay))
 
     optimizer = optax.partition(
-        {"transforms": adamw(config.transform_rate), "clips": adamw(config.clip_rate)},
+        {"transforms": adamw(config.transform_lr), "clips": adamw(config.clip_lr)},
         lambda theta: {n: {k: jax.tree.map(lambda _, k=k: k, v) for k, v in t.items()} for n, t in theta.items()},
     )
 

@@ -1,16 +1,16 @@
 """A resumable calibration run: a folder with one safetensors file a finished block, and a fingerprint of what it was made from."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from splitq_jax.errors import InputError
 from splitq_jax.sharding import on_host
@@ -29,13 +29,13 @@ def fingerprint(*trees: Any) -> str:
     return digest.hexdigest()
 
 
-MANIFEST, WRITER = "run.json", "writer.pid"
+MANIFEST, LOCK = "run.json", "writer.lock"
 
 
 def discard(folder: Path) -> None:
     """Delete a finished run; what is not a run's stays."""
     if (folder / MANIFEST).is_file():
-        for file in (*folder.glob("block_*.safetensors"), *folder.glob(".*.tmp"), folder / WRITER, folder / MANIFEST):
+        for file in (*folder.glob("block_*.safetensors"), *folder.glob(".*.tmp"), folder / LOCK, folder / MANIFEST):
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # holds something else
             folder.rmdir()
@@ -48,13 +48,13 @@ class Run:
         """Open or create the run.
 
         Raises:
-          InputError: the folder is no run's or a different run's, cannot be made, or another process writes to it.
+          InputError: the folder is no run's or a different run's, cannot be made, or another run, of this process or another, writes to it.
         """
         self.folder = Path(folder)
         manifest = self.folder / MANIFEST
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not manifest.exists() and any(f.name != WRITER for f in self.folder.iterdir()):
+            if not manifest.exists() and any(f.name != LOCK and f.suffix != ".tmp" for f in self.folder.iterdir()):
                 raise InputError(f"run folder {self.folder}: holds other files; give an empty folder or one that is not there yet")
         except OSError as e:
             raise InputError(f"run folder {self.folder}: cannot be made ({e.strerror}); give another one") from None
@@ -78,23 +78,25 @@ class Run:
             raise InputError(f"{manifest}: damaged ({e!r}); delete the folder to train anew") from None
 
     def _lock(self) -> None:
-        self._pid = self.folder / WRITER
+        self._writer = (self.folder / LOCK).open("a")  # never removed while in use: others would lock another file of that name
         try:
-            with self._pid.open("x") as f:
-                f.write(str(os.getpid()))
-        except FileExistsError:
-            text = self._pid.read_text(errors="replace")
-            owner = int(text) if text.isdecimal() else 0
-            if owner != os.getpid() and Path(f"/proc/{owner}").exists():
-                raise InputError(f"{self._pid}: process {owner} writes to this run; wait for it or use another folder") from None
-            self._pid.write_text(str(os.getpid()))  # left behind by a killed process
+            fcntl.flock(self._writer, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process, however it ends
+        except OSError:
+            self._writer.close()
+            raise InputError(f"run folder {self.folder}: another run writes to it; wait for it or use another folder") from None
 
     def close(self) -> None:
         """Release the folder."""
-        self._pid.unlink(missing_ok=True)
+        self._writer.close()
 
     def save(self, block: int, theta: Any, error: tuple[float, float]) -> None:
-        """Keep a finished block."""
+        """Keep a finished block.
+
+        Args:
+          block: its number.
+          theta: its learnable arrays.
+          error: its relative output error before and after training, NaN where it was not measured.
+        """
         flat = {jax.tree_util.keystr(p): np.ascontiguousarray(v) for p, v in jax.tree_util.tree_leaves_with_path(theta)}
         temporary = self.folder / f".block_{block:03d}.tmp"
         save_file(flat, temporary, metadata={"before": repr(error[0]), "after": repr(error[1]), "sha256": fingerprint(flat)})
@@ -109,12 +111,9 @@ class Run:
         file = self._file(block)
         if not file.exists():
             return None
-        from safetensors import safe_open
-
         try:
-            flat = load_file(file)
             with safe_open(file, "numpy") as f:
-                metadata = f.metadata()
+                flat, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file}: {error}; delete the file to train this block again") from None
         if fingerprint(flat) != metadata["sha256"]:

@@ -23,6 +23,9 @@ def site_errors(model: Any, params: Params, quantized: Params, batches: Iterable
       params: its float parameters; they give each site its input.
       quantized: the tree to judge.
       batches: the model's input.
+
+    Raises:
+      InputError: an empty set.
     """
     hiddens = list(embed(model, params, batches))
     errors: dict[str, float] = {}

@@ -50,7 +50,6 @@ def collect(
     *,
     skip_first: bool = True,
     gram: bool = False,
-    one_modality: bool = False,
     vision_tower: bool = False,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
@@ -64,18 +63,20 @@ def collect(
       split: the size of the side groups; ranks are counted among the channels that it leaves.
       skip_first: leave each sample's first token out of the scores: models park massive activations on it.
       gram: also collect ``X^T X``, which GPTQ needs.
-      one_modality: accept a set with only text or only vision tokens.
       vision_tower: also collect maxima for the vision tower's sites.
       mesh: devices to share the samples (axis ``data``).
       progress: a rich progress bar to add a task to.
 
     Raises:
       InputError: an empty set, one modality only, values that are not finite.
+
+    Returns:
+      Statistics by the path of the site, such as ``decoder/blocks_0/qkv``.
     """
     mesh = mesh or data_mesh(jax.devices()[:1])
     batches = list(batches)
     hiddens = list(embed(model, params, batches))
-    check_modalities(hiddens, one_modality)
+    check_modalities(hiddens)
     stats = _vision_stats(model, params, batches, gram) if vision_tower else {}
     depth = model.config.num_layers
     most = max(_texts(h, skip_first).sum(1).max() for h in hiddens)
@@ -113,11 +114,11 @@ def collect(
     return stats
 
 
-def check_modalities(hiddens: list[Hidden], one_modality: bool = False) -> None:
+def check_modalities(hiddens: list[Hidden]) -> None:
     """Raise `InputError` unless the set holds vision and text tokens."""
     text = sum(int((h.context.valid & h.context.is_text).sum()) for h in hiddens)
     vision = sum(int((h.context.valid & ~h.context.is_text).sum()) for h in hiddens)
-    if min(text, vision) == 0 and not one_modality:
+    if min(text, vision) == 0:
         missing = "vision" if vision == 0 else "text"
         raise InputError(f"calibration: {text} text and {vision} vision tokens; the method needs both; add samples with {missing}")
 
@@ -205,27 +206,27 @@ def _vision_stats(model: Any, params: Params, batches: list[Batch], gram: bool) 
             state.get("inputs", {}).get("vision", {}), is_leaf=lambda v: isinstance(v, tuple)
         ):
             site = "/".join(["vision", *(key.key for key in path[:-1])])  # without the kernel's own name
-            x = jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in values])
+            x = jnp.concatenate([v.reshape(-1, v.shape[-1]) for v in values]).astype(jnp.float32)
             found[site] = {"absmax": jnp.max(jnp.abs(x), axis=0), "abs_sum": jnp.sum(jnp.abs(x), axis=0)}
-            found[site] |= {"gram": x.T @ x} if gram else {}
+            found[site] |= {"count": jnp.full(1, x.shape[0], jnp.float32)} | ({"gram": x.T @ x} if gram else {})
         return found
 
     total: dict[str, dict[str, np.ndarray]] = {}
     outer = outer_params(params)
     for batch in batches:
-        part = jax.tree.map(np.asarray, run(outer, model.prepare(batch)))
+        part = jax.tree.map(lambda a: np.asarray(a, np.float64), run(outer, model.prepare(batch)))
         if part:  # a batch of text has no images
             total = part if not total else {path: _add(total[path], part[path]) for path in part}
     out = {}
     for path, s in total.items():
         finite(path, s["abs_sum"], "activations")
-        squares = s.pop("gram", None)
-        only_vision = {k: np.stack([v if c == VISION else np.zeros_like(v) for c in range(3)]) for k, v in s.items()}
+        of_vision = np.arange(3) == VISION
         out[path] = SiteStats(
-            **only_vision,
-            count=np.ones(3, np.float32),
+            absmax=np.where(of_vision[:, None], s["absmax"], 0).astype(np.float32),
+            abs_sum=np.where(of_vision[:, None], s["abs_sum"], 0).astype(np.float32),
+            count=np.where(of_vision, s["count"], 0).astype(np.float32),
             vision_channels=np.zeros(0, np.int32),
             ranks=np.zeros((s["absmax"].shape[0], 1), np.int32),
-            gram=squares,
+            gram=np.asarray(s["gram"], np.float32) if gram else None,
         )
     return out

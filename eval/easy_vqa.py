@@ -120,7 +120,7 @@ def packed_batches(
     image_token: str,
     image_length: int,
     batch_size: int = 16,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int = 1,
 ) -> list[Batch]:
     """Pack questions behind images that all take the same number of tokens, with a tokenizer alone.
 
@@ -159,7 +159,7 @@ def pack(
     vision: Callable[[Sequence[Any]], Batch],
     *,
     batch_size: int = 16,
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int] | int = 1,
 ) -> list[Batch]:
     """Pack questions behind their images.
 
@@ -169,7 +169,7 @@ def pack(
       vision: turns images, one a row, into the arrays that the model takes.
       batch_size: rows a batch. The last batch of a length repeats its first row, without targets.
       lengths: the lengths to pad to: few, as each is compiled for. An image whose questions do not fit the longest is repeated in
-        further rows. None: one length, the longest row's, rounded up to a multiple of 32.
+        further rows. A number: so many, at equal shares of the rows, rounded up to multiples of 32; no image is repeated.
 
     Returns:
       Batches of the model's input and ``targets`` and ``question`` (see `splitq_jax.eval.harness.evaluate`).
@@ -180,11 +180,14 @@ def pack(
     by_image = sorted(data, key=lambda e: e.image_id)
     if not by_image:
         raise InputError("no question; give at least one image with a question and an answer")
-    room = max(lengths) if lengths else sys.maxsize
+    room = sys.maxsize if isinstance(lengths, int) else max(lengths)
     groups = [list(group) for _, group in itertools.groupby(by_image, key=lambda e: e.image_id)]
     filled = [row for group in groups for row in _fill(group, render, room)]
     used = [len(prefix) + sum(len(p.question) + len(p.answer) for _, p in parts) for _, prefix, parts in filled]
-    rows: dict[int, list[tuple[Any, Batch]]] = {n: [] for n in sorted(lengths or [-(-max(used) // 32) * 32])}
+    if isinstance(lengths, int):
+        shares = np.quantile(used, np.arange(1, lengths + 1) / lengths, method="higher")
+        lengths = [-(-int(share) // 32) * 32 for share in shares]
+    rows: dict[int, list[tuple[Any, Batch]]] = {n: [] for n in sorted(lengths)}
     for (image, prefix, parts), taken in zip(filled, used, strict=True):
         length = next(n for n in rows if n >= taken)
         rows[length].append((image, _row(prefix, parts, length)))

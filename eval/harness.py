@@ -21,6 +21,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.eval.metrics import kl_divergence, perplexity, wilson
 from splitq_jax.kernels.layout import native
 from splitq_jax.output import counter
+from splitq_jax.quantization import without_blocks
 from splitq_jax.sharding import on_mesh_of
 
 Batch = Mapping[str, np.ndarray]
@@ -110,6 +111,9 @@ def evaluate(
       progress: a rich progress bar to add a task to.
       label: the task's name.
 
+    Returns:
+      What the model made of each question and of each token of the answers.
+
     Raises:
       InputError: no question; batches without labels or other than the reference's; a question in two places; logits that are
         not finite.
@@ -121,7 +125,7 @@ def evaluate(
     seen = 0
     with on_mesh_of(params):
         params = native(params)
-        outer = _outer(params)
+        outer = without_blocks(params)  # one compiled `embed` and `unembed` serve every kind of quantized block
         for number, batch in enumerate(batches):
             rows = _answers(batch, number)
             compared = None
@@ -174,12 +178,6 @@ def _reference_rows(reference: Result, rows: _Rows, seen: int, number: int) -> F
     hidden = np.zeros((*rows.at.shape, reference.hidden.shape[1]), reference.hidden.dtype)
     hidden[rows.used] = reference.hidden[part]
     return hidden
-
-
-def _outer(params: Params) -> Params:
-    """Leave the blocks out, so that one compiled `embed` and `unembed` serve every kind of quantized block."""
-    decoder = {k: v for k, v in params["decoder"].items() if not k.startswith("blocks_")}
-    return {**params, "decoder": decoder}
 
 
 def _forward(model: Any, params: Params, outer: Params, batch: Batch) -> Float[Array, "B L D"]:

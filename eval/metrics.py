@@ -1,12 +1,10 @@
-"""What was lost: accuracy and its interval, a paired comparison, KL divergence, perplexity."""
+"""What was lost: accuracy and its interval, KL divergence, perplexity."""
 
 import math
-from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
-from scipy.stats import binomtest
+from jaxtyping import Array, Float
 
 Z95 = 1.959963984540054
 
@@ -25,36 +23,6 @@ def wilson(correct: int, total: int, z: float = Z95) -> tuple[float, float]:
     p, zz = correct / total, z * z / total
     middle, half = p + zz / 2, z * math.sqrt(p * (1 - p) / total + zz / (4 * total))
     return max(0.0, (middle - half) / (1 + zz)), min(1.0, (middle + half) / (1 + zz))
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Two methods on the same questions.
-
-    Attributes:
-      difference: accuracy of the first less that of the second.
-      interval: its 95 % interval, from the discordant pairs.
-      p_value: McNemar's exact test (two-sided) of no difference.
-    """
-
-    difference: float
-    interval: tuple[float, float]
-    p_value: float
-
-
-def paired(first: Bool[np.ndarray, " Q"], second: Bool[np.ndarray, " Q"]) -> Paired:
-    """Compare two methods question by question, which is far sharper than comparing their two intervals.
-
-    Raises:
-      ValueError: different numbers of questions, or none.
-    """
-    if first.shape != second.shape or first.size == 0:
-        raise ValueError(f"{first.size} and {second.size} answers: expected the same questions, at least one")
-    n, gained, lost = first.size, int(np.sum(first & ~second)), int(np.sum(~first & second))
-    difference = (gained - lost) / n
-    half = Z95 * math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
-    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return Paired(difference, (difference - half, difference + half), p_value)
 
 
 def kl_divergence(log_p: Float[Array, "*B V"], log_q: Float[Array, "*B V"]) -> Float[Array, "*B"]:

@@ -30,7 +30,10 @@ STYLE = {
 def losses(summaries: Sequence[Summary]) -> str:
     """Draw a line of two panels for each scheme: accuracy with its 95 % interval, and KL from float; one bar a method.
 
-    The dashed line is the float model's accuracy. Every axis starts at 0; the accuracies share theirs.
+    The dashed line is the float model's accuracy. Every axis starts at 0; the accuracies share theirs. No bar where nothing was compared.
+
+    Raises:
+      InputError: nothing but the float model; matplotlib is missing.
     """
     methods = list(dict.fromkeys(s.row.method for s in summaries if s.row.scheme != FLOAT))
     schemes = list(dict.fromkeys(s.row.scheme for s in summaries if s.row.scheme != FLOAT))
@@ -52,10 +55,11 @@ def losses(summaries: Sequence[Summary]) -> str:
             left.axvline(100 * reference.accuracy, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
         left.set(xlim=(0, 108), xticks=range(0, 101, 20))
         left.set_title(f"{scheme.upper()}: accuracy, %", loc="left", fontweight="bold")
-        kl = np.array([r.kl for r in found.values()])
+        kl = np.array([r.kl or 0.0 for r in found.values()])
         right.barh(y, kl, 0.66, color=colours)
         for i, value in zip(y, kl, strict=True):
-            right.text(value + 0.012 * kl.max(), i, f"{value:.3f}", va="center", color=INK, fontsize=8)
+            if list(found.values())[y.index(i)].kl is not None:
+                right.text(value + 0.012 * kl.max(), i, f"{value:.3f}", va="center", color=INK, fontsize=8)
         right.set(xlim=(0, max(1.12 * float(kl.max()), 1e-9)))
         right.locator_params(axis="x", nbins=5)
         right.set_title("KL from float, nats", loc="left", fontweight="bold")

@@ -28,12 +28,12 @@ class Row:
       accuracy: share answered exactly.
       interval: Wilson's 95 % interval of it.
       first_accuracy: share whose first answer token is right.
-      agreement: share on which the model says what the float model says.
-      kl: mean ``KL(float || model)`` on the answers' tokens, nats.
+      agreement: share on which the model says what the float model says; None where it was not compared.
+      kl: mean ``KL(float || model)`` on the answers' tokens, nats; None likewise.
       perplexity: of the answers' tokens.
       effective_bits: bits per quantized weight: codes, scales, transforms, branches.
       bytes: of the parameter tree.
-      seconds: to collect statistics, quantize and train.
+      seconds: to collect statistics, quantize and train; None where that is not known.
       evaluation_seconds: to answer the questions.
     """
 
@@ -44,12 +44,12 @@ class Row:
     accuracy: float
     interval: tuple[float, float]
     first_accuracy: float
-    agreement: float
-    kl: float
+    agreement: float | None
+    kl: float | None
     perplexity: float
     effective_bits: float
     bytes: int
-    seconds: float
+    seconds: float | None
     evaluation_seconds: float
 
 
@@ -108,7 +108,7 @@ class Summary:
     spread: float
 
 
-def row_of(result: Result, *, method: str, scheme: str, seed: int, effective_bits: float, size: int, seconds: float) -> Row:
+def row_of(result: Result, *, method: str, scheme: str, seed: int, effective_bits: float, size: int, seconds: float | None) -> Row:
     """Make a row of a result; ``size`` in bytes, ``seconds`` for everything before the evaluation."""
     return Row(
         method=method,
@@ -149,8 +149,10 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
 def _mean(rows: Sequence[Row]) -> Summary:
     first = rows[0]
     averaged = ("accuracy", "first_accuracy", "agreement", "kl", "perplexity", "effective_bits", "seconds")
-    means = {k: float(np.mean([getattr(r, k) for r in rows])) for k in (*averaged, "evaluation_seconds")}
-    correct, size = round(means["accuracy"] * first.questions), round(float(np.mean([r.bytes for r in rows])))
+    fields = {k: [getattr(r, k) for r in rows] for k in (*averaged, "evaluation_seconds")}
+    means = {k: None if None in found else float(np.mean(found)) for k, found in fields.items()}
+    accuracy = float(np.mean(fields["accuracy"]))
+    correct, size = round(accuracy * first.questions), round(float(np.mean([r.bytes for r in rows])))
     mean = Row(**(asdict(first) | means | {"interval": wilson(correct, first.questions), "bytes": size}))
     spread = float(np.std([r.accuracy for r in rows], ddof=1)) if len(rows) > 1 else 0.0
     return Summary(mean, len(rows), spread)
@@ -164,10 +166,12 @@ def cells(summary: Summary) -> tuple[str, ...]:
     r = summary.row
     accuracy = f"{100 * r.accuracy:.1f}" + (f" ± {100 * summary.spread:.1f}" if summary.seeds > 1 else "")
     interval = f"{100 * r.interval[0]:.1f}–{100 * r.interval[1]:.1f}"
-    kl = f"{r.kl:.4f}" if r.kl < 0.1 else f"{r.kl:.3f}"
+    kl = "–" if r.kl is None else f"{r.kl:.4f}" if r.kl < 0.1 else f"{r.kl:.3f}"
+    agreement = "–" if r.agreement is None else f"{100 * r.agreement:.1f}"
+    seconds = "–" if r.seconds is None else f"{r.seconds:.0f}"
     return (
-        *(r.scheme, r.method, accuracy, interval, f"{100 * r.agreement:.1f}", kl),
-        *(f"{r.effective_bits:.2f}", f"{r.bytes / 1e6:.1f}", f"{r.seconds:.0f}"),
+        *(r.scheme, r.method, accuracy, interval, agreement, kl),
+        *(f"{r.effective_bits:.2f}", f"{r.bytes / 1e6:.1f}", seconds),
     )
 
 
@@ -175,9 +179,9 @@ def best(summaries: Sequence[Summary]) -> set[tuple[str, str]]:
     """Return the (scheme, method) with the lowest KL of each scheme where several methods compete."""
     found = set()
     for scheme in dict.fromkeys(s.row.scheme for s in summaries):
-        rivals = [s.row for s in summaries if s.row.scheme == scheme]
+        rivals = {s.row.method: s.row.kl for s in summaries if s.row.scheme == scheme and s.row.kl is not None}
         if len(rivals) > 1:
-            found.add((scheme, min(rivals, key=lambda r: r.kl).method))
+            found.add((scheme, min(rivals, key=rivals.__getitem__)))
     return found
 
 

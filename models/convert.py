@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from splitq_jax.models.families import FAMILIES, model_of
 from splitq_jax.models.model import VisionLanguageModel
 from splitq_jax.models.names import Source
 from splitq_jax.models.weights import SINGLE, Weights, read_json
+from splitq_jax.output import drafted
 from splitq_jax.sharding import empty, place, sharding
 
 Params = dict[str, Any]
@@ -215,18 +214,14 @@ def export(out: str | Path, config: Mapping[str, Any], params: Params, files: Ma
     for path, source in table.items():
         tensors |= source.part(leaves[path])
     text = json.dumps(config, indent=2)
-    draft = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        draft.mkdir(parents=True)
-        save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, draft / SINGLE, {"format": "pt"})
+    with drafted(out) as draft:
+        try:
+            save_file({n: np.ascontiguousarray(t) for n, t in tensors.items()}, draft / SINGLE, {"format": "pt"})
+        except SafetensorError as e:
+            raise OSError(str(e)) from e
         (draft / "config.json").write_text(text, encoding="utf-8")
         for name, content in files.items():
             (draft / name).write_bytes(content)
-        draft.rename(out)
-    except (OSError, SafetensorError) as e:
-        raise InputError(f"{out}: cannot be written: {e}; choose another folder") from e
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return out
 
 

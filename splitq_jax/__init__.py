@@ -7,20 +7,21 @@ if TYPE_CHECKING:
     from splitq_jax.checkpoint import restore, save
     from splitq_jax.errors import InputError
     from splitq_jax.linear import SplitWeight
-    from splitq_jax.quantization import effective_bits, freeze, prepare, quantize, summarize
+    from splitq_jax.quantization import freeze, prepare, quantize
     from splitq_jax.recipe import Recipe
+    from splitq_jax.summary import effective_bits, summarize
 
 _HOMES = {
     "InputError": "errors",
     "Recipe": "recipe",
     "SplitWeight": "linear",
-    "effective_bits": "quantization",
+    "effective_bits": "summary",
     "freeze": "quantization",
     "prepare": "quantization",
     "quantize": "quantization",
     "restore": "checkpoint",
     "save": "checkpoint",
-    "summarize": "quantization",
+    "summarize": "summary",
 }
 __all__ = [
     "InputError",

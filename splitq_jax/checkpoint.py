@@ -14,7 +14,6 @@ import importlib.metadata
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from jax.sharding import Mesh
 from rich.progress import Progress
 
 from splitq_jax.errors import InputError
-from splitq_jax.manifest import FORMAT, MANIFEST, VERSION, Deferred, describe, plain, read_manifest, rebuild, seal
-from splitq_jax.output import counter
+from splitq_jax.manifest import FORMAT, MANIFEST, VERSION, Deferred, describe, is_checkpoint, plain, read_manifest, rebuild, seal
+from splitq_jax.output import counter, drafted
 from splitq_jax.sharding import on_host, sharding
 
 __all__ = ["Deferred", "read_manifest", "restore", "save"]
@@ -82,9 +81,7 @@ def save(
         "tree": tree,
         "leaves": {},
     }
-    draft = _sibling(target)
-    try:
-        draft.mkdir(parents=True)
+    with drafted(target) as draft:
         needed, free = sum(v.nbytes for v in arrays.values()) + SPARE, shutil.disk_usage(draft).free
         if free < needed:
             raise InputError(f"{target}: {free:,} bytes are free on this disk, {needed:,} are needed; make room")
@@ -103,11 +100,6 @@ def save(
             if f.is_file()
         }
         (draft / MANIFEST).write_bytes(seal(manifest))
-        _publish(draft, target)
-    except OSError as e:
-        raise InputError(f"{target}: cannot be written: {e}; choose another folder") from e
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return Path(path)
 
 
@@ -222,32 +214,13 @@ def _leaf_damage(array: Any, entry: dict[str, Any]) -> str:
     return "" if _digest(array) == entry["sha256"] else "differs from its checksum"
 
 
-def _sibling(target: Path) -> Path:
-    """Return a hidden name beside the target, on the same disk, so that a rename publishes it."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
-
-
 def _check_target(target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
     if not overwrite:
         raise InputError(f"{target} exists; choose another folder or pass --overwrite (overwrite=True)")
-    if not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+    if not is_checkpoint(target) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists and is not a checkpoint, so it is not overwritten; choose another folder")
-
-
-def _publish(draft: Path, target: Path) -> None:
-    if not target.exists():
-        draft.rename(target)
-        return
-    old = _sibling(target)
-    target.rename(old)
-    try:
-        draft.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # --- orbax: the only two functions that know it; imported late because it takes a second

@@ -36,7 +36,7 @@ USAGES = {  # what comes before the flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status is 0, 2 for input that is refused, 130 when interrupted."""
+    """Run a command; the exit status is 0, 2 for input that is refused, 130 when interrupted, 143 when terminated."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half written is removed on the way

@@ -87,7 +87,7 @@ def run(config: DemoConfig) -> Path:
     chosen = [recipe.named(name, config.scheme).replace(seed=config.seed) for name in names]
     chosen = [part.replace(rounding=config.rounding) if part.train else part for part in chosen]
     keep_freed_memory()
-    runs = config.out.with_name(f"{config.out.name}.run")
+    runs = (out := config.out.resolve()).with_name(f"{out.name}.run")
     with output_folder(config.out, config.overwrite) as folder:
         console = make_console()
         _fill(folder, runs, config, chosen, console)
@@ -168,9 +168,9 @@ def _line(row: evaluation.Row) -> str:
     return f"{row.method} {row.scheme}: {100 * row.accuracy:.1f} % right, KL {row.kl:.3f}, {row.effective_bits:.2f} bits, {row.seconds:.0f} s"
 
 
-def sample_answers(setup: Setup, params: Params, count: int = 3) -> list[evaluation.Sample]:
-    """Let the quantized model answer ``count`` test questions about different images."""
-    found = setup.data.records("test", range(count))
+def sample_answers(setup: Setup, params: Params) -> list[evaluation.Sample]:
+    """Let the quantized model answer three test questions about different images."""
+    found = setup.data.records("test", range(3))
     firsts = {r["image_id"]: r for r in reversed(found)}
     shown = [firsts[i] for i in sorted(firsts)]
     batch = setup.processor([r["question"] for r in shown], [r["image"] for r in shown])
@@ -191,13 +191,12 @@ def shown_channels(stats: dict[str, SiteStats], params: Params) -> list[evaluati
 
 def facts(config: DemoConfig, seconds: float) -> dict[str, Any]:
     """Return what is needed to do it again."""
-    command = f"splitq demo --size {config.size} --scheme {config.scheme} --method {config.method} --effort {config.effort}"
-    command += f" --rounding {config.rounding} --samples {config.samples} --seed {config.seed} --limit {config.limit}"
+    flags = {k: v for k, v in vars(config).items() if k not in ("out", "overwrite") and v is not None}
     return {
         "model": f"SmolLM2-135M-Instruct, {demo_model.SIZES[config.size]} blocks, with an image encoder trained on easy-VQA",
         "data": "easy-VQA, test split",
         "calibration": f"{config.samples} images, seed {config.seed}",
-        "command": command,
+        "command": " ".join(["splitq demo", *(f"--{k.replace('_', '-')} {v}" for k, v in flags.items())]),
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
         "device": jax.devices()[0].device_kind,
         "seconds": round(seconds),

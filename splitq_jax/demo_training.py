@@ -320,7 +320,7 @@ def main() -> None:
         learned = train_decoder(model, vision, decoder, rows, args.steps, args.batch, args.seed, args.out, bar, earlier, schedules)
     seconds = time.monotonic() - began + float(before.get("seconds", 0))
     shipped = {k: v.astype(ml_dtypes.bfloat16) for k, v in flatten({"vision": vision, **learned}).items()}
-    _, params = demo_model.assemble(args.size, demo_model.nested(shipped))
+    _, params = demo_model.assemble(args.size, demo_model.nested(shipped), args.base)
     scores = {}
     for name, records in (("validation", held), ("test", test)):
         batches = packed_batches(

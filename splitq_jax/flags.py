@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import re
 import types
 from collections.abc import Sequence
@@ -41,9 +42,9 @@ def given(options: argparse.Namespace, cls: type) -> dict[str, Any]:
 
 def descriptions(cls: type) -> dict[str, str]:
     """Return what the docstring's section ``Attributes`` says of each field."""
-    section = (cls.__doc__ or "").partition("Attributes:")[2].partition("Raises:")[0]
+    section = (inspect.getdoc(cls) or "").partition("Attributes:")[2].partition("Raises:")[0]  # indented alike by every Python
     found: dict[str, str] = {}
-    for entry in re.split(r"\n {6}(?=\w)", section):
+    for entry in re.split(r"\n {2}(?=\w)", section):
         head, _, text = entry.partition(":")
         for name in head.split(","):
             found[name.strip()] = re.sub(r"``|`", "", " ".join(text.split())).rstrip(".")

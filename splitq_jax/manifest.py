@@ -52,6 +52,15 @@ class Deferred:
         return self.size * self.dtype.itemsize
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Say whether a folder is a checkpoint, damaged or not."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == FORMAT
+
+
 def read_manifest(path: str | Path) -> dict[str, Any]:
     """Read and check the manifest alone, without the arrays.
 

@@ -100,11 +100,11 @@ def token_ranks(x: Float[Array, "T D"], is_main: Bool[Array, " D"]) -> Float[Arr
     return jnp.minimum(below, size).astype(x.dtype) / size.astype(x.dtype)
 
 
-def rank_histogram(ranks: Float[Array, "T D"], counted: Bool[Array, " T"], bins: int = RANK_BINS) -> Int[Array, "D B"]:
-    """Count each channel's ranks in ``bins`` equal bins of (0, 1]; tokens that are not ``counted`` are left out."""
-    bin_of = jnp.clip(jnp.ceil(ranks * bins).astype(jnp.int32) - 1, 0, bins - 1)
+def rank_histogram(ranks: Float[Array, "T D"], counted: Bool[Array, " T"]) -> Int[Array, "D B"]:
+    """Count each channel's ranks in `RANK_BINS` equal bins of (0, 1]; tokens that are not ``counted`` are left out."""
+    bin_of = jnp.clip(jnp.ceil(ranks * RANK_BINS).astype(jnp.int32) - 1, 0, RANK_BINS - 1)
     channel = jnp.arange(ranks.shape[1])
-    return jnp.zeros((ranks.shape[1], bins), jnp.int32).at[channel[None, :], bin_of].add(counted.astype(jnp.int32)[:, None])
+    return jnp.zeros((ranks.shape[1], RANK_BINS), jnp.int32).at[channel[None, :], bin_of].add(counted.astype(jnp.int32)[:, None])
 
 
 @partial(jax.jit, static_argnames="clusters")
@@ -137,7 +137,7 @@ def select(stats: SiteStats, selector: Selector, clusters: int = 3, seed: int = 
     Selectors other than MOCD's rank all channels by one score; the first K are ``C_v``, the next K ``C_t`` (paper, table 5).
 
     Raises:
-      InputError: unknown selector; MOCD on statistics without vision or without text tokens.
+      InputError: unknown selector.
     """
     width, k = stats.absmax.shape[1], stats.vision_channels.shape[0]
     absmax = stats.absmax[:FIRST]

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from splitq_jax.errors import InputError
 
-WRITTEN_BY_US = ("manifest.json", "params/manifest.json", "report.json")  # one of these marks a folder that may be replaced
+WRITTEN_BY_US = (("params/manifest.json",), ("report.json", "report.html"))  # what marks a folder that may be replaced
 
 
 def make_console() -> Console:
@@ -52,7 +52,7 @@ def counter(progress: Progress | None, label: str, total: int | None) -> Callabl
 
 @contextlib.contextmanager
 def output_folder(out: Path, overwrite: bool, *inputs: Path | None) -> Iterator[Path]:
-    """Give a hidden folder beside ``out`` that takes its place when all went well, and vanishes otherwise.
+    """Give the folder that becomes ``out`` (see `drafted`).
 
     Raises:
       InputError: ``out`` exists, without ``overwrite`` or without being an output of these commands; it holds one of ``inputs``; no folder
@@ -66,16 +66,35 @@ def output_folder(out: Path, overwrite: bool, *inputs: Path | None) -> Iterator[
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not overwrite:
             raise InputError(f"--out {out}: exists; give another folder or --overwrite")
-        if not any((out / name).is_file() for name in WRITTEN_BY_US):
+        if not any(all((out / name).is_file() for name in names) for names in WRITTEN_BY_US):
             raise InputError(f"--out {out}: exists and was not written by splitq, so it is left alone; give another folder")
-    draft = out.resolve().with_name(f".{out.resolve().name}.{uuid.uuid4().hex[:12]}.partial")
+    with drafted(out) as draft:
+        yield draft
+
+
+@contextlib.contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """Give a hidden folder beside ``out`` that takes its place when all went well, and vanishes otherwise; until then ``out`` stays.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    target = out.resolve()
+    draft, old = (target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.{kind}") for kind in ("partial", "old"))
     try:
         draft.mkdir(parents=True)
         yield draft
-        if out.exists():
-            shutil.rmtree(out)
-        draft.rename(out.resolve())
+        if target.exists():
+            target.rename(old)
+        try:
+            draft.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error})") from error
+        raise InputError(f"{out}: cannot be written: {error}; choose another folder") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -4,7 +4,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.progress import Progress
 
-from splitq_jax import calib, models, quantization
+from splitq_jax import calib, models, quantization, summary
 from splitq_jax import eval as evaluation
 from splitq_jax.calib.easy_vqa import EasyVqa
 from splitq_jax.calib.jsonl import Jsonl
@@ -26,7 +26,7 @@ from splitq_jax.mocd import TEXT, VISION, SiteStats
 from splitq_jax.recipe import Recipe
 
 Params = dict[str, Any]
-EVALUATION_LENGTHS, MANY = (224, 288, 416), 2000
+MANY = 2000  # questions, from which on several lengths of rows save more in padding than they cost in compilation
 MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-8, 1))  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX
 CHANNELS = "channels"  # the per-channel maxima beside a quantized model's parameters
 
@@ -88,7 +88,7 @@ class Setup:
         model, params = models.load(folder, follow_links=follow_links, on_host=on_host)
         return cls(model, params, models.Processor.from_folder(folder), data)
 
-    def batches(self, records: Sequence[Mapping[str, Any]], batch_size: int, lengths: Sequence[int] | None) -> list[Batch]:
+    def batches(self, records: Sequence[Mapping[str, Any]], batch_size: int, lengths: int = 1) -> list[Batch]:
         """Pack questions behind their images (see `splitq_jax.eval.easy_vqa.pack`)."""
         packed = pack(examples(records), self.prompt, self.processor.vision, batch_size=batch_size, lengths=lengths)
         # what has three positions a token computes them from the pictures
@@ -110,9 +110,7 @@ class Setup:
             raise InputError(f"--limit {limit}: expected a number of questions, or 0 for all")
         images = range(min(limit, self.data.count(split))) if limit else None
         records = self.data.records(split, images)[: limit or None]
-        # several lengths save padding and cost a compilation each
-        lengths = EVALUATION_LENGTHS if isinstance(self.data, EasyVqa) and len(records) >= MANY else None
-        return self.batches(records, 16, lengths)
+        return self.batches(records, 16, 3 if len(records) >= MANY else 1)
 
     def calibration(self, samples: int, seed: int, split: str = "train") -> list[Batch]:
         """Draw ``samples`` images without replacement and one question with its answer for each.
@@ -131,7 +129,9 @@ class Setup:
         for record in self.data.records(split, chosen):
             by_image.setdefault(record["image_id"], []).append(record)
         drawn = [group[rng.integers(len(group))] for group in by_image.values()]
-        return [inputs(batch) for batch in self.batches(drawn, min(16, samples), None)]
+        # no batch is filled up with copies, which would count as samples
+        whole = max(size for size in range(1, 17) if samples % size == 0)
+        return [inputs(batch) for batch in self.batches(drawn, whole)]
 
 
 def inputs(batch: Batch) -> Batch:
@@ -188,7 +188,10 @@ def quantized(
     if recipe.train:
         run = None
         if run_folder is not None:
-            run = Run(run_folder, fingerprint(setup.params, list(batches), recipe, config, jax.__version__))
+            scores = {
+                path: replace(s, gram=None) for path, s in stats.items()
+            }  # which choose the channels; Gram matrices train nothing
+            run = Run(run_folder, fingerprint(setup.params, scores, list(batches), recipe, config, jax.__version__))
         try:
             prepared, errors = calib.fit(
                 *(setup.model, setup.params, prepared, batches, config), held_out=held_out, run=run, mesh=mesh, progress=progress
@@ -201,16 +204,18 @@ def quantized(
     return Outcome(frozen, errors, time.monotonic() - start)
 
 
-def result_row(result: evaluation.Result, params: Params, method: str, scheme: str, seed: int, seconds: float) -> evaluation.Row:
+def result_row(
+    result: evaluation.Result, params: Params, method: str, scheme: str, seed: int, seconds: float | None
+) -> evaluation.Row:
     """Return the table's row of an evaluated tree; of a float tree with its own bits a weight."""
-    bits, kernel = quantization.effective_bits(params), next(iter(quantization.kernels(params).values()))
+    bits, kernel = summary.effective_bits(params), next(iter(quantization.kernels(params).values()))
     return evaluation.row_of(
         result,
         method=method,
         scheme=scheme,
         seed=seed,
         effective_bits=8.0 * kernel.dtype.itemsize if np.isnan(bits) else bits,
-        size=quantization.stored_bytes(params),
+        size=summary.stored_bytes(params),
         seconds=seconds,
     )
 

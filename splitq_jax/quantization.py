@@ -6,7 +6,6 @@
 import dataclasses
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float
 
 from splitq_jax import acc, mocd, transforms
 from splitq_jax.errors import InputError
-from splitq_jax.linear import Group, SplitWeight, stored_bits
+from splitq_jax.linear import Group, SplitWeight
 from splitq_jax.mocd import SiteStats
 from splitq_jax.numerics import FLOAT_BITS, gaussian_clip, in_float32, logit
 from splitq_jax.packing import TILE_ROWS, WIDE
@@ -39,6 +38,11 @@ def kernels(params: Params, prefix: str = "") -> dict[str, Any]:
         elif isinstance(child, dict):
             found |= kernels(child, f"{prefix}{name}/")
     return found
+
+
+def without_blocks(params: Params) -> Params:
+    """Return all parameters but the decoder's blocks."""
+    return params | {"decoder": {name: child for name, child in params["decoder"].items() if not name.startswith("blocks_")}}
 
 
 def match(params: Params, recipe: Recipe) -> dict[str, Recipe]:
@@ -83,7 +87,7 @@ def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> P
 
     Args:
       params: a float parameter tree.
-      stats: `calib.collect`'s statistics, per site; not needed by recipes that neither split nor smooth.
+      stats: `calib.collect`'s statistics, per site; not needed by recipes that neither split nor smooth nor round by GPTQ.
       recipe: what to do.
 
     Raises:
@@ -94,7 +98,7 @@ def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> P
         w, columns = found[path], layer_columns(params, path)
         if not hasattr(w, "dtype"):
             raise InputError(f"{path}: a {type(w).__name__}; prepare takes the float tree")
-        needs_stats = part.select != "none" or part.transform in {"kron", "diag", "dense"} or part.rounding == "gptq"
+        needs_stats = part.select != "none" or part.has_diagonal or part.rounding == "gptq"
         if needs_stats and path not in stats:
             tower = ", with the vision tower's (vision_tower=True, --vision-tower)" if path.startswith("vision/") else ""
             raise InputError(f"{path}: no calibration statistics; collect them from this model{tower}")
@@ -143,15 +147,15 @@ def prepare_site(
             )
         perm, k_text, k_vision = mocd.select(stats, recipe.select, recipe.clusters, seed)
     sizes = tuple(k for k in (width - k_text - k_vision, k_text, k_vision) if k)
-    if recipe.group is not None and sizes[0] % recipe.group:
+    if recipe.group_size is not None and sizes[0] % recipe.group_size:
         raise InputError(
-            f"{path}: groups of {recipe.group} channels do not divide the {sizes[0]} of the main group; choose a divisor"
+            f"{path}: groups of {recipe.group_size} channels do not divide the {sizes[0]} of the main group; choose a divisor"
         )
     x_absmax = jnp.ones(width) if stats is None else jnp.max(stats.absmax, axis=0)
     groups = []
     for i, (x_max, rows) in enumerate(zip(split(x_absmax[perm], sizes, 0), split(w[perm], sizes, 0), strict=True)):
         w_bits, a_bits = recipe.main_bits if i == 0 else recipe.side
-        sharing = (recipe.group if i == 0 else None) or rows.shape[0]
+        sharing = (recipe.group_size if i == 0 else None) or rows.shape[0]
         lwc, lac = gaussian_clip(w_bits, sharing), gaussian_clip(a_bits, rows.shape[0])
         lwc = lwc if recipe.lwc_start is None else recipe.lwc_start
         scales = rows.shape[0] // sharing
@@ -173,9 +177,9 @@ def prepare_site(
         bits=jnp.array([*recipe.main_bits, *recipe.side], jnp.int32),
         gram=stats.gram if stats is not None and recipe.rounding == "gptq" else None,
         sizes=sizes,
-        scale_rows=recipe.group,
+        group_size=recipe.group_size,
         mac_tokens=recipe.mac_tokens,
-        learn_transform=recipe.train and recipe.transform in {"kron", "diag", "dense"},
+        learn_transform=recipe.train and recipe.has_diagonal,
         kinds=kinds,
     )
 
@@ -212,7 +216,8 @@ def start_branches(
       InputError: a rank above ``min(D_m, N)``.
     """
     w_bits, a_bits = recipe.main_bits
-    no_residual = a_bits >= FLOAT_BITS and w_bits < FLOAT_BITS  # MAC has nothing to send where activations are not quantized
+    # MAC has nothing to send where activations are not quantized; at 16 bits throughout it stays, as what is an identity then
+    no_residual = a_bits >= FLOAT_BITS and w_bits < FLOAT_BITS
     kinds: tuple[acc.Branch, acc.Branch] = (recipe.cws, "off" if no_residual else recipe.mac)
     per_layer = columns if recipe.svd_per == "layer" else None
     narrowest = min(main.shape[0], min(columns) if per_layer else main.shape[1])
@@ -264,13 +269,13 @@ def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
         u, v = quantize_columns(exact.u, side_w_bits, multiple=multiple), quantize_rows(exact.v, side_w_bits, multiple)
         branches = dataclasses.replace(exact, u=u, v=v)
     if site.gram is None:
-        shared = (recipe.group, *[None] * (len(weights) - 1))
+        shared = (site.group_size, *[None] * (len(weights) - 1))
         codes = [quantize_columns(w, n, clip, multiple, g) for w, n, clip, g in zip(weights, bits, clips, shared, strict=True)]
     else:
         if exact is not None:  # what rounding takes from CWS itself is repaired with the rest
             weights[0] += exact.cws_product() - dataclasses.replace(exact, u=u.decode(), v=v.decode()).cws_product()
         # what the groups meet, X P, has the Gram matrix P^T (X^T X) P
-        codes = gptq(weights, transformed(site, transformed(site, site.gram).T), bits, clips, multiple, recipe.group)
+        codes = gptq(weights, transformed(site, transformed(site, site.gram).T), bits, clips, multiple, site.group_size)
     groups = [
         Group(group.transform, clip_factors(group.a_clip), w, a_bits if i == 0 else side_a_bits)
         for i, (group, w) in enumerate(zip(site.groups, codes, strict=True))
@@ -286,65 +291,17 @@ def transformed(site: TrainableSplit, x: Float[Array, "M D"]) -> Float[Array, "M
 
 
 def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
-    """Quantize without training: ``freeze(prepare(params, stats, recipe), recipe)``. Pure: it jits and runs under `jax.eval_shape`."""
-    return freeze(prepare(params, stats, recipe), recipe)
+    """Quantize without training: ``freeze(prepare(params, stats, recipe), recipe)``. Pure: it jits and runs under `jax.eval_shape`.
 
+    Args:
+      params: a float parameter tree.
+      stats: `prepare`'s.
+      recipe: what to do.
 
-@dataclass(frozen=True)
-class SiteSummary:
-    """What a quantized site holds.
+    Returns:
+      The tree with `SplitWeight` leaves in the place of the matched kernels.
 
-    Attributes:
-      path: its place in the tree.
-      shape: ``(D, N)``.
-      bits: (weight, activation) of the main group.
-      scale_rows: channels of the main group that share a weight's scale.
-      groups: channels of the main, the text and the vision group.
-      ranks: of CWS and MAC.
-      stored_bytes: codes, scales, transforms, branches, permutation.
-      effective_bits: the same in bits a weight.
+    Raises:
+      InputError: what `prepare` refuses.
     """
-
-    path: str
-    shape: tuple[int, int]
-    bits: tuple[int, int]
-    scale_rows: int
-    groups: tuple[int, ...]
-    ranks: tuple[int, int]
-    stored_bytes: int
-    effective_bits: float
-
-
-def summarize(params: Params) -> list[SiteSummary]:
-    """Describe every quantized site; ``effective_bits`` counts codes, scales, transforms, branches and the permutation per weight."""
-    rows = []
-    for path, leaf in kernels(params).items():
-        if isinstance(leaf, SplitWeight):
-            main, bits = leaf.groups[0], stored_bits(leaf)
-            gates = (None, None) if leaf.branches is None else (leaf.branches.cws, leaf.branches.mac)
-            ranks = tuple(0 if gate is None else gate.shape[0] for gate in gates)
-            rows.append(
-                SiteSummary(
-                    path,
-                    leaf.shape,
-                    (main.w.bits, main.a_bits),
-                    main.w.group,
-                    tuple(g.w.rows for g in leaf.groups),
-                    (ranks[0], ranks[1]),
-                    bits // 8,
-                    bits / (leaf.shape[0] * leaf.shape[1]),
-                )
-            )
-    return rows
-
-
-def effective_bits(params: Params) -> float:
-    """Return the stored bits per weight over all quantized sites; NaN where there is none."""
-    rows = summarize(params)
-    weights = sum(r.shape[0] * r.shape[1] for r in rows)
-    return 8 * sum(r.stored_bytes for r in rows) / weights if weights else float("nan")
-
-
-def stored_bytes(params: Params) -> int:
-    """Return the bytes of the whole tree."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return freeze(prepare(params, stats, recipe), recipe)

@@ -25,7 +25,7 @@ class Recipe:
       select: how side channels are chosen.
       clusters: k of MOCD's k-means.
       split: size of the side groups.
-      group: channels of the main group that share a weight's scale, in the decoder, for activations that stay floats (``w4a16`` with groups
+      group_size: channels of the main group that share a weight's scale, in the decoder, for activations that stay floats (``w4a16`` with groups
         of 128); by default all do.
       side_bits: bits of side groups, branches and MAC's residual; by default ``max(4, bits)``; 0 for the main group's.
       transform: of every group: ``kron``, FlatQuant's Kronecker pair; ``diag``, SmoothQuant's scales; ``hadamard``, QuaRot's rotation;
@@ -59,7 +59,7 @@ class Recipe:
     select: Selector = "mocd"
     clusters: int = 3
     split: SplitSize = field(default_factory=SplitSize)
-    group: int | None = None
+    group_size: int | None = None
     side_bits: int | None = None
     transform: TransformKind = "kron"
     smooth: tuple[float, float] = (0.7, 0.3)
@@ -84,10 +84,10 @@ class Recipe:
             w_bits, a_bits = parse_scheme(scheme)
             check_bits(w_bits, WEIGHT_BITS, f"{name} {scheme!r}, weights")
             check_bits(a_bits, ACTIVATION_BITS, f"{name} {scheme!r}, activations")
-        if self.group is not None and (self.group < 1 or self.main_bits[1] < FLOAT_BITS):
+        if self.group_size is not None and (self.group_size < 1 or self.main_bits[1] < FLOAT_BITS):
             raise InputError(
-                f"recipe: group={self.group} with {self.scheme}; expected at least 1, and activations that stay floats (w4a16): products of "
-                f"codes with codes have one scale a column"
+                f"recipe: group_size={self.group_size} with {self.scheme}; expected at least 1, and activations that stay floats "
+                "(w4a16): products of codes with codes have one scale a column"
             )
         if self.side_bits not in (None, 0):
             check_bits(self.side_bits, WEIGHT_BITS, "side_bits")
@@ -102,6 +102,10 @@ class Recipe:
         ):
             if value not in allowed:
                 raise InputError(f"recipe: {name}={value!r}; expected one of {', '.join(allowed)}")
+        if self.rounding == "gptq" and (self.main_bits[0] < FLOAT_BITS) != (self.side[0] < FLOAT_BITS):
+            raise InputError(
+                f"recipe: gptq rounds all groups of a site or none; {self.scheme} with side_bits={self.side_bits} leaves some float"
+            )
         if self.lwc_start is not None and not 0 < self.lwc_start < 1:
             raise InputError(f"recipe: lwc_start={self.lwc_start}; expected a factor in (0, 1)")
         if self.clusters < 1:
@@ -127,6 +131,11 @@ class Recipe:
         return self.side_bits, FLOAT_BITS if a_bits >= FLOAT_BITS else self.side_bits
 
     @property
+    def has_diagonal(self) -> bool:
+        """Whether transforms scale channels, by what calibration saw of them; these are the ones that are learned."""
+        return self.transform in {"kron", "diag", "dense"}
+
+    @property
     def rates(self) -> tuple[float, float]:
         """Rank rates of (CWS, MAC)."""
         cws, mac = (0.03, 0.05) if self.main_bits[1] == 2 else (0.02, 0.03)
@@ -134,7 +143,7 @@ class Recipe:
 
     def for_vision(self) -> "Recipe":
         """Return the recipe of the vision tower's sites."""
-        vision = dataclasses.replace(self, scheme=self.vision, group=None, select="none", cws="off", mac="off")
+        vision = dataclasses.replace(self, scheme=self.vision, group_size=None, select="none", cws="off", mac="off")
         return vision.replace(sites=("vision/blocks_*/*",))
 
     def replace(self, **changes: object) -> "Recipe":

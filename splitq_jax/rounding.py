@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from splitq_jax.numerics import FLOAT_BITS, code_range
 from splitq_jax.qtensor import QTensor, column_scales, from_codes, quantize_columns
+from splitq_jax.site import split
 
 DAMPING = 0.01  # share of the mean diagonal that is added to the Hessian, as in the paper's code
 BLOCK = 128  # rows whose errors reach the rest in one product, as there
@@ -43,7 +44,7 @@ def gptq(
     scale = np.repeat(np.arange(len(sharing)), sharing)
     of_scale = np.repeat(bits, [len(s) for s in scales])
     codes = _codes(jnp.concatenate(parts), hessian, jnp.concatenate(scales), jnp.asarray(scale), jnp.asarray(of_scale))
-    cut = jnp.split(codes, np.cumsum([w.shape[0] for w in parts])[:-1].tolist())
+    cut = split(codes, tuple(w.shape[0] for w in parts), axis=0)
     return [from_codes(c, scale, b, multiple) for c, scale, b in zip(cut, scales, bits, strict=True)]
 
 

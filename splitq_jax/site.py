@@ -45,7 +45,7 @@ class TrainableSplit:
       bits: (main weight, main activation, side weight, side activation); an array, so that one compiled step serves every scheme.
       gram: ``X^T X`` of the input in the model's order, for GPTQ, or None.
       sizes: channels per group.
-      scale_rows: channels of the main group that share a weight's scale; None: all.
+      group_size: channels of the main group that share a weight's scale; None: all.
       mac_tokens: which tokens MAC serves: ``text``, ``vision`` or ``both``.
       learn_transform: whether the transforms are learned.
       kinds: of the branches (CWS, MAC): ``gated`` learns the gate, ``free`` learns u and v, ``fixed`` learns nothing (``G = I``).
@@ -58,7 +58,7 @@ class TrainableSplit:
     bits: Int[Array, " 4"]
     gram: Float[Array, "D D"] | None
     sizes: tuple[int, ...] = struct.field(pytree_node=False)
-    scale_rows: int | None = struct.field(pytree_node=False)
+    group_size: int | None = struct.field(pytree_node=False)
     mac_tokens: str = struct.field(pytree_node=False)
     learn_transform: bool = struct.field(pytree_node=False)
     kinds: tuple[Branch, Branch] = struct.field(pytree_node=False)
@@ -109,7 +109,7 @@ class Unrounded(NamedTuple):
 
     Attributes:
       w: ``P_j^-1 W_j`` of each group; the main group's is ``W~ - U_s V_s`` (arXiv 2605.19929, eq. 8).
-      branches: ``P_m^-1 U_r``, ``S_r V_r^T`` and the gates (eq. 9), or None.
+      branches: ``P_m^-1 U_r sqrt(S_r)``, ``sqrt(S_r) V_r^T`` and the gates (eq. 9), or None.
     """
 
     w: list[Float[Array, "K N"]]
@@ -141,7 +141,7 @@ def round_weights(site: TrainableSplit) -> RoundedSplit:
         transforms=tuple(g.transform for g in site.groups),
         a_clips=tuple(g.a_clip for g in site.groups),
         w=tuple(
-            _round_columns(w_j, n, g.w_clip, site.scale_rows if i == 0 else None)
+            _round_columns(w_j, n, g.w_clip, site.group_size if i == 0 else None)
             for i, (w_j, n, g) in enumerate(zip(w, bits, site.groups, strict=True))
         ),
         branches=b,

@@ -102,10 +102,11 @@ def orthogonal(size: int, seed: int) -> Float[np.ndarray, "n n"]:
 
 
 def hadamard(size: int) -> Float[np.ndarray, "n n"]:
-    """Return an orthogonal matrix with entries of like magnitude, float32: Hadamard wherever a construction is known.
+    """Return an orthogonal matrix with entries of like magnitude, float32.
 
-    ``size = 2^k m``: Sylvester's matrix for ``2^k`` times, where m > 1, Paley's first construction (``4 (q + 1) / 4`` with a prime
-    ``q = 3 mod 4``) or, where there is none, the orthonormal cosine transform of the odd part.
+    ``size = 2^k m``: Sylvester's matrix for powers of two times, where the odd part m is not 1, one of Paley's two constructions (orders
+    ``q + 1`` with a prime ``q = 3 mod 4``, ``2 (q + 1)`` with a prime ``q = 1 mod 4``) or, where there is none of these of order 4 m to 16 m,
+    the orthonormal cosine transform of size m.
     """
     power = size & -size
     if power == size:
@@ -114,28 +115,39 @@ def hadamard(size: int) -> Float[np.ndarray, "n n"]:
     # smallest multiple of the odd part that Paley knows and that leaves a power of two
     odd = size // power
     for twos in (4, 8, 16):
-        if twos <= power and _is_paley(odd * twos):
-            paley = _paley(odd * twos) / math.sqrt(odd * twos)
-            return np.asarray(np.kron(hadamard(power // twos), paley), np.float32)
+        if twos <= power and (paley := _paley(odd * twos)) is not None:
+            return np.asarray(np.kron(hadamard(power // twos), paley / math.sqrt(odd * twos)), np.float32)
     i = np.arange(odd)
     cosine = np.cos(np.pi * (2 * i[None, :] + 1) * i[:, None] / (2 * odd)) * math.sqrt(2 / odd)
     cosine[0] /= math.sqrt(2)
     return np.asarray(np.kron(hadamard(power), cosine), np.float32)
 
 
-def _is_paley(order: int) -> bool:
+def _paley(order: int) -> Float[np.ndarray, "n n"] | None:
+    """Return Paley's Hadamard matrix of an order (R. E. A. C. Paley 1933, "On orthogonal matrices"), None where neither construction has one."""
     q = order - 1
-    return q % 4 == 3 and all(q % f for f in range(2, math.isqrt(q) + 1))
+    if q % 4 == 3 and _is_prime(q):
+        h = np.ones((order, order))
+        h[1:, 1:] = _jacobsthal(q) + np.eye(q)
+        h[1:, 0] = -1
+        return h
+    q = order // 2 - 1
+    if order % 2 == 0 and q % 4 == 1 and _is_prime(q):
+        conference = np.pad(_jacobsthal(q), ((1, 0), (1, 0)), constant_values=1)
+        conference[0, 0] = 0
+        return np.kron(conference, [[1, 1], [1, -1]]) + np.kron(np.eye(q + 1), [[1, -1], [-1, -1]])
+    return None
 
 
-def _paley(order: int) -> Float[np.ndarray, "n n"]:
-    q = order - 1
+def _is_prime(q: int) -> bool:
+    return q > 1 and all(q % f for f in range(2, math.isqrt(q) + 1))
+
+
+def _jacobsthal(q: int) -> Float[np.ndarray, "q q"]:
+    """Return the matrix of ``chi(j - i)``, 1 for squares mod q, -1 for others, 0 for 0."""
     squares = {i * i % q for i in range(1, q)}
     chi = np.array([0] + [1 if i in squares else -1 for i in range(1, q)])
-    h = np.ones((order, order))
-    h[1:, 1:] = chi[(np.arange(q)[None, :] - np.arange(q)[:, None]) % q] + np.eye(q)
-    h[1:, 0] = -1
-    return np.asarray(h)
+    return np.asarray(chi[(np.arange(q)[None, :] - np.arange(q)[:, None]) % q], np.float64)
 
 
 def smoothing(x_absmax: Float[Array, " K"], w_absmax: Float[Array, " K"], w_power: float, x_power: float) -> Float[Array, " K"]:

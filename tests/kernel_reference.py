@@ -15,7 +15,7 @@ from splitq_jax.packing import TILE_ROWS, padded_rows, slab_rows
 from splitq_jax.qtensor import QTensor
 from splitq_jax.transforms import IDENTITY, Transform, factors, orthogonal
 
-BACKENDS = ["reference", *sorted(api.MODULES)]
+BACKENDS = ["reference", *sorted(api.PLATFORMS)]
 SCHEMES = [(4, 8), (4, 4), (3, 8), (3, 4), (3, 3), (3, 2)]  # bits of weights and activations
 ACCUMULATION = 2.0**-20  # float32 sums, as a share of the sum of magnitudes
 

@@ -24,7 +24,7 @@ from splitq_jax.quantization import freeze, kernels, prepare
 from splitq_jax.site import TrainableSplit
 
 SPLIT = SplitSize(rate=0.06, align=2)
-SHORT = FitConfig(steps=6, batch=8)
+SHORT = FitConfig(steps=6, batch_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_sixteen_bits_are_the_float_model(method, tiny, stats):
     recipe = recipe_of(method, "w16a16").replace(**({"cws_start": 0.7, "mac_start": 0.7} if method == "splitq" else {}))
     prepared = prepare(params, stats, recipe)
     if recipe.train:
-        prepared, _ = calib.fit(model, params, prepared, batches(2), dataclasses.replace(SHORT, transform_rate=0.05))
+        prepared, _ = calib.fit(model, params, prepared, batches(2), dataclasses.replace(SHORT, transform_lr=0.05))
     batch = batches(1, seed=7)[0]
     reference = logits(model, params, batch)
     for tree in (prepared, freeze(prepared, recipe)):
@@ -204,7 +204,7 @@ def test_frozen_codes_are_what_was_trained(scheme, tiny, stats):
 @pytest.mark.slow
 def test_training_lowers_the_held_out_error(tiny, stats):
     model, params = tiny
-    config, after = FitConfig(epochs=10, batch=4), {}
+    config, after = FitConfig(epochs=10, batch_size=4), {}
     for method in ("flatquant", "splitq"):
         prepared = prepare(params, stats, recipe_of(method, "w3a3"))
         _, errors = calib.fit(model, params, prepared, batches(8), config, held_out=batches(2, seed=9))
@@ -266,10 +266,11 @@ def test_other_runs_are_kept_apart(tiny, tmp_path):
     with pytest.raises(InputError, match="block_000"):
         again.load(0, {"x": np.arange(3.0)})
     again.close()
-    (tmp_path / "writer.pid").write_text("1")  # a process that lives
-    with pytest.raises(InputError, match="process 1 writes"):
+    writing = Run(tmp_path, key)
+    with pytest.raises(InputError, match="another run writes"):
         Run(tmp_path, key)
-    (tmp_path / "writer.pid").write_text("no number")
+    writing.close()
+    (tmp_path / ".block_001.tmp").write_text("of a run that was killed")
     Run(tmp_path, key).close()
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
@@ -351,7 +352,7 @@ def test_calibration_multiplies_in_float32(tiny):
 
 
 def test_settings_that_are_refused():
-    for changes in ({"loss": "huber"}, {"steps": 0}, {"epochs": 0}, {"batch": -1}):
+    for changes in ({"loss": "huber"}, {"steps": 0}, {"epochs": 0}, {"batch_size": -1}):
         with pytest.raises(InputError):
             FitConfig(**changes)
     assert EFFORTS["full"].steps is None

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from splitq_jax.eval.metrics import kl_divergence, paired, perplexity, wilson
+from splitq_jax.eval.metrics import kl_divergence, perplexity, wilson
 
 
 def test_wilson_against_published_values() -> None:
@@ -31,21 +31,6 @@ def test_wilson_solves_its_equation() -> None:
 def test_wilson_refuses(correct: int, total: int) -> None:
     with pytest.raises(ValueError, match="expected 0 <= correct <= total"):
         wilson(correct, total)
-
-
-def test_paired_by_hand() -> None:
-    first = np.array([1] * 10 + [0] * 2 + [1] * 8, bool)
-    second = np.array([0] * 10 + [1] * 2 + [1] * 8, bool)
-    result = paired(first, second)
-    assert result.difference == pytest.approx(8 / 20)
-    # two-sided binomial: 2 (C(12,0) + C(12,1) + C(12,2)) / 2^12
-    assert result.p_value == pytest.approx(2 * (1 + 12 + 66) / 4096)
-    half = 1.959964 * math.sqrt(12 - 64 / 20) / 20
-    assert result.interval == pytest.approx((0.4 - half, 0.4 + half))
-    same = paired(first, first)
-    assert same.difference == 0 and same.p_value == 1 and same.interval == (0, 0)
-    with pytest.raises(ValueError, match="same questions"):
-        paired(first, second[:3])
 
 
 def test_kl_against_numpy() -> None:

@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_named(caplog):
         quantize_columns(jnp.ones((100, 4)), 4, group=32)
     two_bits = site_of(12, 576, 64, (2, 4), side=0, ranks=(0, 0), transform=False)
     a = given_operands(12, 4, two_bits)
-    for name in api.MODULES:
+    for name in api.PLATFORMS:
         with caplog.at_level(logging.DEBUG, "splitq_jax.kernels"):
             got = run(api.quantized_matmul, a, two_bits, backend=name)
         assert f"{name} leaves it to the reference" in caplog.text

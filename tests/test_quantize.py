@@ -13,9 +13,10 @@ from splitq_jax.linear import SplitWeight, linear
 from splitq_jax.mocd import SplitSize
 from splitq_jax.numerics import gaussian_clip
 from splitq_jax.qtensor import quantize_columns
-from splitq_jax.quantization import kernels, layer_columns, match, prepare, summarize
+from splitq_jax.quantization import kernels, layer_columns, match, prepare
 from splitq_jax.rounding import gptq
 from splitq_jax.site import learnable, split, unrounded, with_learnable
+from splitq_jax.summary import summarize
 from splitq_jax.transforms import IDENTITY, apply_inverse
 from splitq_jax.transforms import apply as apply_transform
 
@@ -76,9 +77,9 @@ VARIANTS = {
 }
 
 GROUPED = {  # weight-only, scales per group of rows; 58 channels are left where six are split off
-    "rtn, groups": recipes.rtn("w3a16").replace(group=16),
-    "flatquant, groups": recipes.flatquant("w3a16").replace(group=32),
-    "splitq, groups": recipes.splitq("w3a16").replace(split=SPLIT, group=29, cws_start=0.7),
+    "rtn, groups": recipes.rtn("w3a16").replace(group_size=16),
+    "flatquant, groups": recipes.flatquant("w3a16").replace(group_size=32),
+    "splitq, groups": recipes.splitq("w3a16").replace(split=SPLIT, group_size=29, cws_start=0.7),
 }
 
 
@@ -117,18 +118,18 @@ def test_groups_of_rows_have_scales_of_their_own(name, params, stats):
     main = kernels(frozen)[PATH].groups[0].w
     np.testing.assert_allclose(apply(frozen, x), apply(prepared, x), atol=1e-4 * float(jnp.max(jnp.abs(apply(frozen, x)))))
     matrix = np.asarray(unrounded(site).w[0], np.float64)
-    clip = gaussian_clip(3, recipe.group) if recipe.clip else 1.0
-    for g in range(matrix.shape[0] // recipe.group):
-        rows = slice(g * recipe.group, (g + 1) * recipe.group)
+    clip = gaussian_clip(3, recipe.group_size) if recipe.clip else 1.0
+    for g in range(matrix.shape[0] // recipe.group_size):
+        rows = slice(g * recipe.group_size, (g + 1) * recipe.group_size)
         step = clip * np.abs(matrix[rows]).max(0) / 3
         np.testing.assert_allclose(main.scale[g], step, rtol=1e-5)
         assert (np.asarray(main.codes())[rows] == np.clip(np.rint(matrix[rows] / step), -4, 3)).mean() > 0.999
     exact = x @ kernels(params)[PATH]
-    plain = sq.quantize(params, stats, recipe.replace(group=None))
+    plain = sq.quantize(params, stats, recipe.replace(group_size=None))
     assert relative_error(apply(frozen, x), exact) < relative_error(apply(plain, x), exact)
     (row,), (fewer,) = summarize(frozen), summarize(plain)
-    assert row.scale_rows == recipe.group and fewer.scale_rows == main.rows
-    assert row.effective_bits - fewer.effective_bits == pytest.approx(32 * (main.rows // recipe.group - 1) / D)
+    assert row.group_size == recipe.group_size and fewer.group_size == main.rows
+    assert row.effective_bits - fewer.effective_bits == pytest.approx(32 * (main.rows // recipe.group_size - 1) / D)
 
 
 def test_clips_of_groups_are_learned_apart(params, stats):
@@ -146,11 +147,11 @@ def test_clips_of_groups_are_learned_apart(params, stats):
 
 def test_groups_that_do_not_fit_are_named(params, stats):
     with pytest.raises(InputError, match=f"{PATH}: groups of 32 channels do not divide the 58"):
-        prepare(params, stats, GROUPED["splitq, groups"].replace(group=32))
+        prepare(params, stats, GROUPED["splitq, groups"].replace(group_size=32))
     for scheme, group in (("w4a4", 32), ("w4a8", 32), ("w4a16", 0), ("w4a16", -1)):
-        with pytest.raises(InputError, match=f"group={group} with {scheme}"):
-            recipes.flatquant(scheme).replace(group=group)
-    assert recipes.flatquant("w4a16").replace(group=32, vision="w4a4").for_vision().group is None
+        with pytest.raises(InputError, match=f"group_size={group} with {scheme}"):
+            recipes.flatquant(scheme).replace(group_size=group)
+    assert recipes.flatquant("w4a16").replace(group_size=32, vision="w4a4").for_vision().group_size is None
 
 
 def numpy_split_linear(x, w, leaf, bits):

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from splitq_jax import models, quantization
+from splitq_jax import models, quantization, summary
 from splitq_jax.linear import SplitWeight
 from splitq_jax.output import output_folder
 
@@ -83,10 +83,10 @@ def answer_to(
 def layer_table(params: Any, errors: Mapping[str, float]) -> Table:
     """Return what each quantized layer holds, and its error where it was measured."""
     table = Table("Layer", "Shape", "Bits", "Groups", "Ranks", "KB", "Bits/weight", "Error", box=None, padding=(0, 2, 0, 0))
-    for s in quantization.summarize(params):
+    for s in summary.summarize(params):
         groups, ranks = " + ".join(map(str, s.groups)), f"{s.ranks[0]}, {s.ranks[1]}"
         error = f"{100 * errors[s.path]:.2f} %" if s.path in errors else "–"
-        scheme = f"W{s.bits[0]}A{s.bits[1]}" + (f" g{s.scale_rows}" if s.scale_rows < s.groups[0] else "")
+        scheme = f"W{s.bits[0]}A{s.bits[1]}" + (f" g{s.group_size}" if s.group_size < s.groups[0] else "")
         table.add_row(
             s.path,
             f"{s.shape[0]} x {s.shape[1]}",

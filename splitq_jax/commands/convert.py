@@ -5,7 +5,7 @@ import argparse
 import jax.numpy as jnp
 
 import splitq_jax as sq
-from splitq_jax import models, quantization
+from splitq_jax import models, quantization, summary
 from splitq_jax.commands.common import add_model, add_output, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.models.convert import PARAMS
@@ -29,5 +29,5 @@ def run(options: argparse.Namespace) -> None:
     with output_of(options) as folder, progress_bar(console) as bar:
         sq.save(folder / PARAMS, params, config=model.config, progress=bar)
         models.copy_processor(options.model, folder)
-    size = quantization.stored_bytes(params)
+    size = summary.stored_bytes(params)
     console.print(f"Wrote {options.out}: {len(quantization.kernels(params))} linear layers, {size / 1e6:,.1f} MB")

@@ -1,6 +1,7 @@
 """``splitq eval``: the questions of a data set."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from splitq_jax import eval as evaluation
@@ -39,12 +40,13 @@ def run(options: argparse.Namespace) -> None:
             reference = evaluation.evaluate(model, params, questions, progress=bar, label="float")
             rows.append(result_row(reference, params, "float", "float", 0, 0.0))
         result = evaluation.evaluate(setup.model, setup.params, questions, reference, progress=bar, label=str(options.model))
-    manifest = options.model / PARAMS / "manifest.json"
-    made = (read_manifest(manifest.parent) if manifest.is_file() else {}).get("recipe") or {}
+    manifest = read_manifest(options.model / PARAMS) if models.is_converted(options.model) else {}
+    made, seconds = manifest.get("recipe") or {}, (manifest.get("extra") or {}).get("seconds")
     method, scheme = made.get("method", "float"), made.get("scheme", "float")
     if rows and (method, scheme) == ("float", "float"):
         method = "float (MODEL)"
-    rows.append(result_row(result, setup.params, method, scheme, made.get("seed", 0), 0.0))
+    row = result_row(result, setup.params, method, scheme, made.get("seed", 0), seconds)
+    rows.append(row if rows else dataclasses.replace(row, agreement=None, kl=None))
     console.print(evaluation.table(rows))
     if options.out is not None:
         facts = {"model": str(options.model), "reference": str(options.reference), "data": options.data, "split": options.split}

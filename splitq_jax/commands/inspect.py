@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import splitq_jax as sq
-from splitq_jax import quantization
+from splitq_jax import quantization, summary
 from splitq_jax.commands.common import layer_table
 from splitq_jax.errors import InputError
 from splitq_jax.eval.plots import channel_maxima
@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     console.print(f"{made['method']} {made['scheme']}, seed {made['seed']}; written with {manifest['versions']}")
     console.print(layer_table(params, (manifest["extra"] or {}).get("site_errors", {})))
     console.print(
-        f"{quantization.stored_bytes(params) / 1e6:,.1f} MB; {quantization.effective_bits(params):.2f} bits a quantized weight, all told"
+        f"{summary.stored_bytes(params) / 1e6:,.1f} MB; {summary.effective_bits(params):.2f} bits a quantized weight, all told"
     )
     if options.plots is not None:
         maxima, _ = sq.restore(options.model / CHANNELS)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 import splitq_jax as sq
-from splitq_jax import calib, models, quantization, recipe
+from splitq_jax import calib, models, quantization, recipe, summary
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
 from splitq_jax.calib.run import discard
 from splitq_jax.commands.calibrate import collect, float_setup, provenance
@@ -21,10 +21,10 @@ from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import CHANNELS, quantized
 
 RECIPE_FLAGS = (
-    *("select", "clusters", "group", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
+    *("select", "clusters", "group_size", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
     *("cws_rate", "mac_rate", "mac_tokens", "svd_per", "cws_start", "mac_start", "rounding", "train", "vision", "sites"),
 )
-FIT_FLAGS = ("epochs", "steps", "batch", "transform_rate", "clip_rate", "loss", "epsilon")
+FIT_FLAGS = ("epochs", "steps", "batch_size", "transform_lr", "clip_lr", "loss", "epsilon")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     config = FitConfig(**(vars(EFFORTS[options.effort]) | given(options, FitConfig)))
     setup = float_setup(options)
     _print_plan(console, quantization.match(setup.params, chosen))
-    runs = options.run_folder or options.out.with_name(f"{options.out.name}.run")
+    runs = options.run_folder or (out := options.out.resolve()).with_name(f"{out.name}.run")
     with output_of(options) as folder:
         batches, made_of = setup.calibration(options.samples, options.seed), provenance(setup, options)
         with progress_bar(console) as bar:
@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> None:
         models.copy_processor(options.model, folder)
     if chosen.train:
         discard(runs)
-    before, after = quantization.stored_bytes(setup.params), quantization.stored_bytes(done.params)
+    before, after = summary.stored_bytes(setup.params), summary.stored_bytes(done.params)
     console.print(layer_table(done.params, errors))
-    bits = quantization.effective_bits(done.params)
+    bits = summary.effective_bits(done.params)
     console.print(
         f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB after; {bits:.2f} bits a quantized weight, all told; {done.seconds:.0f} s"
     )

@@ -7,7 +7,6 @@ Each is jitted, so that a model traces and lowers a site once for every shape, n
 derivative. The formulas are eq. 6, 8 and 10 of arXiv 2605.19929 (see `splitq_jax.kernels.operands`).
 """
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -31,7 +30,6 @@ else:
 
 Backend = Literal["reference", "tpu", "gpu"]
 PLATFORMS = {"tpu": "tpu", "gpu": "cuda"}  # backends and JAX's names of what they run on
-MODULES = {name for name in PLATFORMS if importlib.util.find_spec(f"splitq_jax.kernels.{name}")}
 DECODE_TOKENS = 64  # up to here the product is bound by the weight's bytes, and quantizing inside it is free
 _Run = Callable[[str, Any, int], Callable[..., Any]]
 LOG = logging.getLogger("splitq_jax.kernels")
@@ -204,7 +202,7 @@ def _on_platform(on: Callable[..., Any], backend: Backend | None, *args: Any) ->
     if backend == "reference":
         return on_reference(*args)
     if backend is None:
-        compiled = {PLATFORMS[name]: partial(on, partial(_kernel, name, False)) for name in sorted(MODULES)}
+        compiled = {PLATFORMS[name]: partial(on, partial(_kernel, name, False)) for name in PLATFORMS}
         return jax.lax.platform_dependent(*args, default=on_reference, **compiled)
     if jax.default_backend() == backend:
         # an interpreter's ordered effects may not stand in a program for a GPU, not even in a branch that is left out

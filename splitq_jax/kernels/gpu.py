@@ -16,7 +16,7 @@ from splitq_jax.kernels import gpu_quantizer, reference
 from splitq_jax.kernels.fragment import PLANES, fragment_step, pack_fragments
 from splitq_jax.kernels.gpu_matmul import matmul, token_tile
 from splitq_jax.kernels.gpu_tile import SIDE_STEP, STEP, Operands
-from splitq_jax.kernels.operands import Activations, dense_sides, keeps_floats, segments, widen
+from splitq_jax.kernels.operands import Activations, dense_sides, keeps_floats, reseat, segments, widen
 from splitq_jax.qtensor import QTensor
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def quantize_activations(
     """
     if x.shape[0] <= gpu_quantizer.TOKENS and (laid := relayout(w)).quantizer is not None:
         a = gpu_quantizer.quantize_activations(x, laid, is_text, interpret)
-        return a._replace(values=_fit(a.values, w.groups[0].w), side=None if a.side is None else _side(a.side, laid, w))
+        return a._replace(values=_fit(a.values, w.groups[0].w), side=reseat(a.side, laid, w))
     a = reference.quantize_activations(x, w, is_text)
     values = a.values if a.scale is not None else a.values.astype(jnp.bfloat16)
     return Activations(values, a.scale, None if a.side is None else a.side.astype(jnp.bfloat16))
@@ -108,12 +108,13 @@ def quantized_matmul(
     laid = _relayout_site(w)
     main, narrow = laid.groups[0].w, segments(laid)
     scale, group = _group_scale(main)
+    side = reseat(a.side, w, laid)
     operands = Operands(
         x=_fit(a.values if a.scale is not None else a.values.astype(jnp.bfloat16), main),
         planes=main.words,
         scale=scale,
         token_scale=None if a.scale is None else a.scale[:, 0].astype(jnp.float32),
-        side=None if a.side is None else _side(a.side, w, laid).astype(jnp.bfloat16),
+        side=None if side is None else side.astype(jnp.bfloat16),
         side_words=tuple(s.w.words[0] for s in narrow),
         side_scale=tuple(s.columns.astype(jnp.float32) for s in narrow if s.columns is not None),
         bias=None if bias is None else bias.astype(jnp.float32),
@@ -151,16 +152,6 @@ def weight_only_matmul(
     bias = None if bias is None else bias.astype(jnp.float32)
     operands = Operands(widen(x.astype(jnp.bfloat16), laid.padded_rows), laid.words, scale, None, None, (), (), bias)
     return matmul(operands, laid.bits, group, dtype, interpret=interpret)
-
-
-def _side(side: Float[Array, "M R"], w: SplitWeight, other: SplitWeight) -> Float[Array, "M _"]:
-    """Give each segment the columns that it has in the other layout of the same weight."""
-    given, needed = ([s.w for s in segments(site)] for site in (w, other))
-    widths = [v.padded_rows for v in given]
-    if widths == [v.padded_rows for v in needed]:
-        return side
-    parts = jnp.split(side, [sum(widths[: i + 1]) for i in range(len(widths) - 1)], axis=1)
-    return jnp.concatenate([_fit(part, v) for part, v in zip(parts, needed, strict=True)], axis=1)
 
 
 def _fit(x: Float[Array, "M _"], w: QTensor) -> Float[Array, "M _"]:

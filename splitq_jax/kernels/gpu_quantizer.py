@@ -71,7 +71,6 @@ class Plan(NamedTuple):
       columns: of ``V`` and ``Y``, padded.
       first: where the group begins in the rows of all groups.
       bits: of the codes.
-      has_clip: whether the absmax is clipped.
     """
 
     n1: int
@@ -82,7 +81,6 @@ class Plan(NamedTuple):
     columns: int
     first: int
     bits: int
-    has_clip: bool
 
     @property
     def shared_bytes(self) -> int:
@@ -108,7 +106,7 @@ def plans(w: SplitWeight, sizes: tuple[tuple[int, int], ...]) -> list[Plan]:
         tile = next(t for t in (64, 32, 16) if columns % t == 0 and t <= _up(n1, 16))
         first = out[-1].first + out[-1].depth if out else 0
         rows = _up(-(-g.w.padded_rows // n2), ROWS)
-        out.append(Plan(n1, n2, tile, rows, _up(n1, tile), columns, first, g.a_bits, g.a_clip is not None))
+        out.append(Plan(n1, n2, tile, rows, _up(n1, tile), columns, first, g.a_bits))
     return out
 
 

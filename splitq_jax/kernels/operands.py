@@ -109,6 +109,16 @@ def widen(x: Array, columns: int) -> Array:
     return x if x.shape[-1] == columns else jnp.pad(x, ((0, 0), (0, columns - x.shape[-1])))
 
 
+def reseat(side: Float[Array, "M R"] | None, source: SplitWeight, target: SplitWeight) -> Float[Array, "M S"] | None:
+    """Move the segments of ``side`` from the padded widths of one layout of a site to those of another."""
+    given, needed = ([s.w for s in segments(w)] for w in (source, target))
+    widths = tuple(w.padded_rows for w in given)
+    if side is None or widths == tuple(w.padded_rows for w in needed):
+        return side
+    parts = zip(split(side, widths, axis=1), needed, strict=True)
+    return jnp.concatenate([widen(part[:, : w.rows], w.padded_rows) for part, w in parts], axis=1)
+
+
 def keeps_floats(w: SplitWeight) -> bool:
     """Return whether the main group's activations are not quantized."""
     return w.groups[0].a_bits >= FLOAT_BITS

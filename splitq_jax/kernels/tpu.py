@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from splitq_jax.kernels import tiles, tpu_prefill, tpu_prefill_plan
-from splitq_jax.kernels.operands import Activations, gate_scales, keeps_floats, segments, side_width, transformed, widen
+from splitq_jax.kernels.operands import Activations, gate_scales, keeps_floats, reseat, segments, side_width, transformed, widen
 from splitq_jax.kernels.tpu_matmul import Filler, Side, matmul
 from splitq_jax.kernels.tpu_quantizer import body, fill, picked, plan_of
 from splitq_jax.kernels.tpu_words import pad_rows, stored_type
@@ -67,7 +67,7 @@ def quantize_activations(
         a = tpu_prefill.quantize_activations(whole, x, w, is_text, interpret=interpret)
     else:
         a = _quantized_after_xla(x, w, is_text, interpret)
-    return Activations(a.values[:, : given.groups[0].w.padded_rows], a.scale, _reseat(a.side, w, given))
+    return Activations(a.values[:, : given.groups[0].w.padded_rows], a.scale, reseat(a.side, w, given))
 
 
 def _quantized_after_xla(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] | None, interpret: bool) -> Activations:
@@ -116,7 +116,7 @@ def quantized_matmul(
     """See `api.quantized_matmul`."""
     given, w = w, _tiled_site(w)
     main = w.groups[0].w
-    a = a._replace(values=widen(a.values, main.padded_rows), side=_reseat(a.side, given, w))
+    a = a._replace(values=widen(a.values, main.padded_rows), side=reseat(a.side, given, w))
     tokens, bits = a.values.shape[0], w.groups[0].a_bits
     return matmul(main, _sides(w), bias, tokens, bits, ready=a, filler=None, dtype=dtype, interpret=interpret)
 
@@ -168,17 +168,6 @@ def _tiled_site(w: SplitWeight) -> SplitWeight:
     rows = groups[0].w.padded_rows
     b = w.branches
     return replace(w, groups=groups, branches=None if b is None else replace(b, u=_tiled(b.u, rows), v=_tiled(b.v)))
-
-
-def _reseat(side: Float[Array, "M R"] | None, source: SplitWeight, target: SplitWeight) -> Float[Array, "M S"] | None:
-    """Move the segments of ``side`` from the widths of one layout of a site to those of another."""
-    if side is None or side_width(source) == side_width(target):
-        return side
-    parts, at = [], 0
-    for old, new in zip(segments(source), segments(target), strict=True):
-        parts.append(widen(side[:, at : at + old.w.rows], new.w.padded_rows))
-        at += old.w.padded_rows
-    return jnp.concatenate(parts, axis=1)
 
 
 def _sides(w: SplitWeight) -> list[Side]:

@@ -81,7 +81,7 @@ def plan_of(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[Array, " M"] |
     return Plan(groups, u_bits, branches, w.residual_bits, widths, operand), by_token, others
 
 
-def _quantize(plan: Plan, refs: list[Any], tokens: int, interpret: bool) -> tuple[Array, Array, list[tuple[int, Array]]]:
+def _quantize(plan: Plan, refs: list[Any], interpret: bool) -> tuple[Array, Array, list[tuple[int, Array]]]:
     """Return int8 codes and steps of the main group, and the parts of ``side`` with the columns that they start at."""
     xs = [ref[...] for ref in refs[: len(plan.groups)]]
     mask = refs[len(plan.groups)][...] if plan.branches[1] else None
@@ -145,7 +145,7 @@ def _write_side(ref: Any, parts: list[tuple[int, Array]]) -> None:
 def body(plan: Plan, interpret: bool, ins: int, *refs: Any) -> None:
     """Write codes, steps and ``side`` to memory: the kernel of `quantize_activations`."""
     values, scale, *side = refs[ins:]
-    codes, step, parts = _quantize(plan, list(refs[:ins]), values.shape[0], interpret)
+    codes, step, parts = _quantize(plan, list(refs[:ins]), interpret)
     values[...] = _as(codes, values.dtype)
     scale[...] = step
     if parts:
@@ -154,7 +154,7 @@ def body(plan: Plan, interpret: bool, ins: int, *refs: Any) -> None:
 
 def fill(plan: Plan, refs: list[Any], x_buffer: Any, step_ref: Any, side_ref: Any, interpret: bool) -> None:
     """Leave codes, steps and ``side`` where the product finds them: the filler of `decode_matmul`."""
-    codes, step, parts = _quantize(plan, refs, x_buffer.shape[0], interpret)
+    codes, step, parts = _quantize(plan, refs, interpret)
     x_buffer[...] = _as(codes, x_buffer.dtype)
     step_ref[...] = step
     if parts:
