@@ -245,7 +245,11 @@ def test_bfloat16_weights_are_calibrated_in_float32(tiny):
     model, params = tiny
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     recipe = recipe_of("splitq")
-    stats = calib.collect(model, low, batches(2), recipe.split)
+    stats = calib.collect(model, low, batches(2), recipe.split, gram=True, vision_tower=True)
+    tower = [s for path, s in stats.items() if path.startswith("vision/")]
+    assert tower and {leaf.dtype for leaf in jax.tree.leaves(tower)} == {np.dtype(np.float32), np.dtype(np.int32)}
+    assert all(s.count[VISION] > 1 and not s.count[TEXT] for s in tower)
+    sq.quantize(low, stats, recipes.gptq("w4a4").replace(vision="w4a4", sites=("decoder/blocks_0/o",)))
     trained, errors = calib.fit(model, low, prepare(low, stats, recipe), batches(2), SHORT)
     assert len(errors) == 2 and all(np.isfinite(e.after) for e in errors)
     leaves = jax.tree.leaves([site.groups for site in kernels(trained).values() if isinstance(site, TrainableSplit)])

@@ -20,9 +20,15 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 import splitq_jax as sq
-from splitq_jax import models
+from splitq_jax import calib, models
+from splitq_jax.calib import FitConfig
 from splitq_jax.cli import _interrupt_again, main
-from splitq_jax.output import progress_bar
+from splitq_jax.commands.quantize import FIT_FLAGS, RECIPE_FLAGS
+from splitq_jax.errors import InputError
+from splitq_jax.flags import descriptions
+from splitq_jax.output import output_folder, progress_bar
+from splitq_jax.pipeline import Setup, quantized, source
+from splitq_jax.recipe import Recipe
 
 IMAGE, END = 90, 1
 TEMPLATE = (
@@ -95,6 +101,58 @@ def test_from_a_folder_to_an_answer(home: Path, capsys: pytest.CaptureFixture[st
     assert len(list((home / "plots").glob("*.svg"))) == 8
     model, params = models.load(home / "w4a4")  # a quantized folder loads like any other
     assert model.config.num_layers == 2 and sq.effective_bits(params) > 4
+
+
+@pytest.mark.slow
+def test_nothing_is_said_of_what_was_not_compared(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", home / "set.jsonl"]
+    assert run("quantize", home / "model", "--out", tmp_path / "rtn", "--method", "rtn", *FAST, *data) == 0
+    capsys.readouterr()
+    assert run("eval", tmp_path / "rtn", "--out", tmp_path / "report", *data) == 0
+    (row,) = json.loads((tmp_path / "report" / "report.json").read_text())["rows"]
+    assert row["kl"] is row["agreement"] is None and row["seconds"] > 0
+    assert "–" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_blocks_of_other_statistics_are_not_taken_up(home: Path, tmp_path: Path) -> None:
+    """They choose the channels, and blocks that were trained for others have the same shapes."""
+    setup = Setup.open(home / "model", source(str(home / "set.jsonl"), home))
+    batches, recipe = setup.calibration(4, 0), sq.recipes.splitq("w4a4").replace(sites=("decoder/blocks_*/o",))
+    runs, found = tmp_path / "run", []
+    for skip_first in (True, False):
+        found.append(calib.collect(setup.model, setup.params, batches, recipe.split, skip_first=skip_first))
+    quantized(setup, found[0], recipe, FitConfig(steps=1), batches, run_folder=runs)
+    with pytest.raises(InputError, match="fingerprint"):
+        quantized(setup, found[1], recipe, FitConfig(steps=1), batches, run_folder=runs)
+
+
+def test_every_flag_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """Python 3.13 indents docstrings otherwise, from which the texts are read."""
+    for cls, names in ((Recipe, RECIPE_FLAGS), (FitConfig, FIT_FLAGS)):
+        said = descriptions(cls)
+        assert all(len(said[name]) > 10 for name in names)
+
+
+def test_a_folder_is_replaced_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with output_folder(out, True) as draft:
+            (draft / "params").mkdir()
+            (draft / "params" / "manifest.json").write_text(content)
+            assert content == "first" or (out / "params" / "manifest.json").read_text() == "first"
+    assert (out / "params" / "manifest.json").read_text() == "second"
+    with pytest.raises(KeyboardInterrupt), output_folder(out, True):
+        raise KeyboardInterrupt
+    assert (out / "params" / "manifest.json").read_text() == "second" and [f.name for f in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "link").symlink_to(out)
+    with output_folder(tmp_path / "link", True) as draft:
+        (draft / "report.json").write_text("third")
+    assert (tmp_path / "link").is_symlink() and (out / "report.json").read_text() == "third"
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "manifest.json").write_text("{}")  # another program's
+    with pytest.raises(InputError, match="left alone"), output_folder(tmp_path / "app", True):
+        pass
 
 
 QUANTIZE = ["MODEL", "--out", "OUT", "--data", "SET", *FAST]

@@ -76,6 +76,8 @@ def test_calibration_draws_images(tmp_path: Path, data: EasyVqa) -> None:
     assert batch["pixel_values"].shape == (6, 3, 64, 64) and set(batch) == set(inputs(batch))
     assert ((batch["input_ids"] == setup.model.config.image_token_id).sum(axis=1) == setup.model.config.tokens_per_image).all()
     assert {tuple(p.ravel()[:9]) for p in batch["pixel_values"]}.__len__() > 1
+    drawn = [row for batch in setup.calibration(22, seed=0) for row in batch["pixel_values"]]  # no number of whole sixteens
+    assert len({image.tobytes() for image in drawn}) == len(drawn) == 22
     with pytest.raises(InputError, match="--samples 3601"):
         setup.calibration(3601, seed=0)
 

@@ -154,6 +154,14 @@ def test_groups_that_do_not_fit_are_named(params, stats):
     assert recipes.flatquant("w4a16").replace(group_size=32, vision="w4a4").for_vision().group_size is None
 
 
+def test_gptq_rounds_all_of_a_site_or_nothing():
+    """What it repairs in one group would otherwise be lost in silence."""
+    for scheme, bits in (("w4a4", 16), ("w16a4", 4)):
+        with pytest.raises(InputError, match=f"{scheme} with side_bits={bits} leaves some float"):
+            recipes.splitq(scheme).replace(rounding="gptq", side_bits=bits)
+    assert recipes.splitq("w16a4").replace(rounding="gptq").side == (16, 4)
+
+
 def numpy_split_linear(x, w, leaf, bits):
     """METHOD, section 2 and 3, in float64 loops over groups, from the leaf's transforms alone; gates are 1, factors from numpy's SVD."""
     (w_bits, a_bits), side = bits, (max(4, bits[0]), max(4, bits[1]))

@@ -53,6 +53,16 @@ def test_hadamard_is_orthogonal_and_flat(size):
     assert flatness <= (1 + 1e-4 if size in {1, 2, 12, 20, 48, 576, 1536} else np.sqrt(2) + 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("size", "flat"), [(28, True), (36, True), (56, True), (148, True), (3584, True), (18944, False), (52, False)]
+)
+def test_orders_that_paley_knows(size, flat):
+    """3584 and 148 are widths of Qwen2.5-VL 7B's sites (18,944 is 128 times 148); 52 would need a field of 25 elements."""
+    h = transforms.hadamard(size) if size < 5000 else transforms.hadamard(148)
+    np.testing.assert_allclose(h @ h.T, np.eye(len(h)), atol=1e-5)
+    assert (np.abs(h).max() * np.sqrt(len(h)) < 1 + 1e-4) == (flat or size == 18944)
+
+
 def test_smoothing_is_smoothquant_and_survives_dead_channels():
     d = transforms.smoothing(jnp.array([4.0, 0.0, 1.0]), jnp.array([9.0, 1.0, 0.0]), 0.5, 0.5)
     np.testing.assert_allclose(d, [1.5, 1.0, 1.0])
