@@ -38,6 +38,17 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def checked(mesh: Mesh | None) -> Mesh:
+    """Return the mesh, None: of the first device.
+
+    Raises:
+      InputError: a mesh without the axis ``data``.
+    """
+    if mesh is not None and "data" not in mesh.axis_names:
+        raise InputError(f"mesh: axes {', '.join(mesh.axis_names)}; samples are shared over an axis `data` (calib.data_mesh())")
+    return mesh or data_mesh(jax.devices()[:1])
+
+
 def on_all(mesh: Mesh, tree: Any) -> Any:
     """Give every device the whole tree, wherever it was."""
     return jax.device_put(tree, NamedSharding(mesh, P()))
@@ -84,7 +95,9 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
         out = jax.tree.map(_in_float32, _embed(model, outer, model.prepare(batch)))
         yield Hidden(out.x, out.context)
     if empty:
-        raise InputError("calibration: the set is empty; give at least one image with a question and an answer")
+        raise InputError(
+            "calibration: the set is empty; give at least one image with a question and an answer (a generator is empty once it was read)"
+        )
 
 
 def _in_float32(a: Any) -> np.ndarray:

@@ -26,7 +26,7 @@ from splitq_jax.calib.blocks import (
     after,
     block_name,
     block_params,
-    data_mesh,
+    checked,
     embed,
     forward,
     merge,
@@ -124,9 +124,9 @@ def fit(
       The trained tree and the blocks' errors, none where none are measured.
 
     Raises:
-      InputError: an empty set; batches of different lengths; an error that is not finite.
+      InputError: an empty set; batches of different lengths; an error that is not finite; a mesh without the axis ``data``.
     """
-    mesh = mesh or data_mesh(jax.devices()[:1])
+    mesh = checked(mesh)
     data = merge(list(embed(model, params, batches)))
     samples, orders = data.x.shape[0], _orders(data.x.shape[0], config)
     used, places = np.unique(orders, return_inverse=True)  # few steps do not reach all samples: the rest need not pass the blocks
@@ -218,7 +218,16 @@ def _functions(block: Any, mesh: Mesh, config: FitConfig, samples: int) -> tuple
 
     def adamw(start: float) -> Any:
         # one vector for all the small arrays: a fraction of the time to compile
-        return optax.flatten(optax.adamw(rate(start), eps=config.epsilon, weight_decay=config.weight_decay))
+        flat = optax.flatten(optax.adamw(rate(start), eps=config.epsilon, weight_decay=config.weight_decay))
+
+        # a recipe may learn clips and no transforms, or the reverse, and nothing cannot be made a vector
+        def init(params: Any) -> Any:
+            return flat.init(params) if jax.tree.leaves(params) else optax.EmptyState()
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            return flat.update(updates, state, params) if jax.tree.leaves(updates) else (updates, state)
+
+        return optax.GradientTransformation(init, update)
 
     optimizer = optax.partition(
         {"transforms": adamw(config.transform_lr), "clips": adamw(config.clip_lr)},

@@ -24,7 +24,7 @@ from splitq_jax.calib.blocks import (
     after,
     block_name,
     block_params,
-    data_mesh,
+    checked,
     embed,
     finite,
     on_all,
@@ -68,12 +68,12 @@ def collect(
       progress: a rich progress bar to add a task to.
 
     Raises:
-      InputError: an empty set, one modality only, values that are not finite.
+      InputError: an empty set, one modality only, values that are not finite, a mesh without the axis ``data``.
 
     Returns:
       Statistics by the path of the site, such as ``decoder/blocks_0/qkv``.
     """
-    mesh = mesh or data_mesh(jax.devices()[:1])
+    mesh = checked(mesh)
     batches = list(batches)
     hiddens = list(embed(model, params, batches))
     check_modalities(hiddens)

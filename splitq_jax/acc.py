@@ -103,7 +103,7 @@ def _leading(w: Float[Array, "K N"], rank: int) -> tuple[Float[Array, "K r"], Fl
         u, v = _svd(np.asarray(w), rank)
         return jnp.asarray(u), jnp.asarray(v)
     shapes = (jax.ShapeDtypeStruct((w.shape[0], rank), jnp.float32), jax.ShapeDtypeStruct((rank, w.shape[1]), jnp.float32))
-    traced: tuple[Array, Array] = jax.pure_callback(_on_host(rank), shapes, w)
+    traced: tuple[Array, Array] = jax.pure_callback(_on_host(rank), shapes, w, vmap_method="sequential")
     return traced
 
 

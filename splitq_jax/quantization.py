@@ -49,7 +49,7 @@ def match(params: Params, recipe: Recipe) -> dict[str, Recipe]:
     """Return the recipe of every site that is quantized.
 
     Raises:
-      InputError: a pattern that matches nothing.
+      InputError: a pattern that matches nothing, or layers outside the decoder's blocks.
     """
     parts = [recipe] if recipe.vision == "float" else [recipe, recipe.for_vision()]
     paths = kernels(params)
@@ -57,6 +57,11 @@ def match(params: Params, recipe: Recipe) -> dict[str, Recipe]:
     for part in parts:
         for pattern in part.sites:
             hits = [path for path in paths if fnmatchcase(path, pattern)]
+            if part is recipe and (others := [path for path in hits if not path.startswith("decoder/blocks_")]):
+                raise InputError(
+                    f"pattern {pattern!r} matches {others[0]}: `sites` names layers of the decoder's blocks; the vision tower has a scheme of its "
+                    "own (vision=, --vision), and what else there is stays float"
+                )
             if not hits:
                 raise InputError(
                     f"pattern {pattern!r} matches none of the {len(paths)} layers "
@@ -148,8 +153,10 @@ def prepare_site(
         perm, k_text, k_vision = mocd.select(stats, recipe.select, recipe.clusters, seed)
     sizes = tuple(k for k in (width - k_text - k_vision, k_text, k_vision) if k)
     if recipe.group_size is not None and sizes[0] % recipe.group_size:
+        divisors = [d for d in range(1, recipe.group_size) if sizes[0] % d == 0]
         raise InputError(
-            f"{path}: groups of {recipe.group_size} channels do not divide the {sizes[0]} of the main group; choose a divisor"
+            f"{path}: groups of {recipe.group_size} channels do not divide the {sizes[0]} of the main group; "
+            f"{', '.join(map(str, divisors[-3:]))} do"
         )
     x_absmax = jnp.ones(width) if stats is None else jnp.max(stats.absmax, axis=0)
     groups = []
@@ -240,19 +247,24 @@ def start_branches(
 
 @in_float32
 def freeze(params: Params, recipe: Recipe) -> Params:
-    """Round every `TrainableSplit` leaf to a `SplitWeight`: packed codes and scales.
+    """Round the `TrainableSplit` leaves that a recipe matches to `SplitWeight`: packed codes and scales.
 
     Args:
       params: `prepare`'s tree, trained or not.
-      recipe: the same recipe; bits are static here.
+      recipe: the same recipe; bits are static here. A tree that several recipes prepared is frozen with each of them.
 
     Raises:
-      InputError: another tree than `prepare`'s.
+      InputError: another tree than `prepare`'s; one that was prepared for other bits.
     """
     leaves, found = {}, kernels(params)
     for path, part in match(params, recipe).items():
         if not isinstance(found[path], TrainableSplit):
             raise InputError(f"{path}: a {type(found[path]).__name__}; freeze takes the tree of `prepare`, with the same recipe")
+        bits, wanted = found[path].bits, [*part.main_bits, *part.side]
+        if not isinstance(bits, jax.core.Tracer) and bits.tolist() != wanted:
+            raise InputError(
+                f"{path}: prepared for bits {bits.tolist()}, frozen for {wanted} (main and side, weights and activations)"
+            )
         leaves[path] = _where(found[path].w, freeze_site(found[path], part))
     return replace_kernels(params, leaves)
 

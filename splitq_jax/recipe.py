@@ -1,8 +1,10 @@
 """`Recipe`: every choice that quantization depends on, and the named recipes, SplitQ's and its baselines'."""
 
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from splitq_jax.acc import BRANCHES, Branch
@@ -27,7 +29,8 @@ class Recipe:
       split: size of the side groups.
       group_size: channels of the main group that share a weight's scale, in the decoder, for activations that stay floats (``w4a16`` with groups
         of 128); by default all do.
-      side_bits: bits of side groups, branches and MAC's residual; by default ``max(4, bits)``; 0 for the main group's.
+      side_bits: bits of side groups, branches and MAC's residual; by default ``max(4, bits)``; 0 for the main group's. 3-bit codes are stored in
+        pieces of 32 rows, so narrow side groups are no smaller with 3 than with 4.
       transform: of every group: ``kron``, FlatQuant's Kronecker pair; ``diag``, SmoothQuant's scales; ``hadamard``, QuaRot's rotation;
         ``dense``, one full matrix; ``none``.
       smooth: exponents (weight, activation) of the start of ``d``.
@@ -47,7 +50,7 @@ class Recipe:
         site, and what CWS's factors lose by their own rounding too (needs the statistics' Gram matrices).
       train: whether transforms, clips and gates are trained block by block.
       vision: the vision tower's scheme, or ``float``. It has one modality, so it gets neither split nor branches.
-      sites: patterns of what is quantized; one that matches nothing is an error.
+      sites: patterns of the layers of the decoder's blocks that are quantized; one that matches nothing is an error.
       seed: of random factors and random channels.
 
     Raises:
@@ -80,6 +83,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, scheme in (("scheme", self.scheme), *([] if self.vision == "float" else [("vision", self.vision)])):
             w_bits, a_bits = parse_scheme(scheme)
             check_bits(w_bits, WEIGHT_BITS, f"{name} {scheme!r}, weights")
@@ -113,6 +117,32 @@ class Recipe:
         for name, rate in (("cws_rate", self.cws_rate), ("mac_rate", self.mac_rate)):
             if rate is not None and not 0 < rate <= 1:
                 raise InputError(f"recipe: {name}={rate}; expected a share in (0, 1]; switch a branch off with 'off'")
+
+    def _check_types(self) -> None:
+        # flags come with their types, Python's callers with any
+        if isinstance(self.sites, str | list):
+            object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+        numbers = {"cws_start": self.cws_start, "mac_start": self.mac_start}
+        for i, power in enumerate(self.smooth if isinstance(self.smooth, tuple) else ()):
+            numbers[f"smooth[{i}]"] = power
+        wrong: list[tuple[str, object, str]] = []
+        wrong += [(n, v, "a finite number") for n, v in numbers.items() if not (isinstance(v, Real) and math.isfinite(v))]
+        for name, kind, wanted in (
+            ("seed", Integral, "a whole number"),
+            ("clusters", Integral, "a whole number"),
+            ("clip", bool, "True or False"),
+            ("train", bool, "True or False"),
+            ("split", SplitSize, "a SplitSize"),
+            ("smooth", tuple, "two exponents"),
+            ("sites", tuple, "patterns"),
+        ):
+            if not isinstance(getattr(self, name), kind):
+                wrong.append((name, getattr(self, name), wanted))
+        if not self.sites or "" in self.sites:
+            wrong.append(("sites", self.sites, "at least one pattern"))
+        if wrong:
+            name, value, wanted = wrong[0]
+            raise InputError(f"recipe: {name}={value!r}; expected {wanted}")
 
     @property
     def main_bits(self) -> tuple[int, int]:

@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import jax
 
+from splitq_jax.errors import InputError
 from splitq_jax.linear import SplitWeight, stored_bits
 from splitq_jax.quantization import Params, kernels
+from splitq_jax.site import TrainableSplit
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,15 @@ class SiteSummary:
 
 
 def summarize(params: Params) -> list[SiteSummary]:
-    """Describe every quantized site; ``effective_bits`` counts codes, scales, transforms, branches and the permutation per weight."""
+    """Describe every quantized site; ``effective_bits`` counts codes, scales, transforms, branches and the permutation per weight.
+
+    Raises:
+      InputError: a site that was prepared and not frozen.
+    """
     rows = []
     for path, leaf in kernels(params).items():
+        if isinstance(leaf, TrainableSplit):
+            raise InputError(f"{path}: is prepared and not frozen; freeze the tree with the recipe that prepared it")
         if isinstance(leaf, SplitWeight):
             main, bits = leaf.groups[0], stored_bits(leaf)
             gates = (None, None) if leaf.branches is None else (leaf.branches.cws, leaf.branches.mac)

@@ -126,6 +126,33 @@ def test_one_and_eight_devices_train_alike():
         np.testing.assert_allclose(one.before, eight.before, rtol=1e-4)
 
 
+NOTHING = {  # to learn, of transforms or of clips and gates
+    "no transform": {"transform": "none"},
+    "a fixed rotation": {"transform": "hadamard"},
+    "no clips": {"clip": False, "cws": "off", "mac": "off"},
+    "nothing": {"transform": "none", "clip": False, "cws": "fixed", "mac": "off"},
+}
+
+
+@pytest.mark.parametrize("which", NOTHING)
+def test_a_recipe_may_learn_one_kind_of_thing(which, tiny, stats):
+    model, params = tiny
+    prepared = prepare(params, stats, recipe_of("splitq", sites=("decoder/blocks_0/o",), **NOTHING[which]))
+    before, after = (
+        kernels(tree)["decoder/blocks_0/o"] for tree in (prepared, calib.fit(model, params, prepared, batches(2), SHORT)[0])
+    )
+    changed = [bool((a != b).any()) for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]
+    assert any(changed) == (which != "nothing")
+
+
+def test_a_mesh_of_other_axes_is_refused(tiny, stats):
+    mesh = jax.make_mesh((2,), ("tensor",), devices=jax.devices()[:2])
+    with pytest.raises(InputError, match="axis `data`"):
+        calib.collect(*tiny, batches(1), SPLIT, mesh=mesh)
+    with pytest.raises(InputError, match="axis `data`"):
+        calib.fit(*tiny, prepare(tiny[1], stats, recipe_of("splitq")), batches(1), SHORT, mesh=mesh)
+
+
 def test_a_model_in_host_memory_stays_there(tiny, tmp_path):
     """From the weights to the codes, whatever devices compute; the numbers are those of a model on a device, to the last bit."""
     model, params = tiny

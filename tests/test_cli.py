@@ -127,6 +127,20 @@ def test_blocks_of_other_statistics_are_not_taken_up(home: Path, tmp_path: Path)
         quantized(setup, found[1], recipe, FitConfig(steps=1), batches, run_folder=runs)
 
 
+@pytest.mark.slow
+def test_a_tree_of_several_recipes_is_shown(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, params = models.load(home / "model")
+    made = [sq.recipes.rtn(scheme).replace(sites=f"decoder/blocks_{i}/*") for i, scheme in enumerate(("w4a4", "w8a8"))]
+    quantized = sq.quantize(sq.quantize(params, {}, made[0]), {}, made[1])
+    for name, recipe in (("several", made), ("none", None)):
+        sq.save(tmp_path / name / "params", quantized, recipe=recipe, config=model.config)
+        models.copy_processor(home / "model", tmp_path / name)
+        assert run("inspect", tmp_path / name) == 0
+        assert run("eval", tmp_path / name, "--data", home / "set.jsonl") == 0
+        said = capsys.readouterr().out
+        assert said.count("w4a4 + w8a8") == 2 and ("rtn" if recipe else "quantized") in said
+
+
 def test_every_flag_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
     """Python 3.13 indents docstrings otherwise, from which the texts are read."""
     for cls, names in ((Recipe, RECIPE_FLAGS), (FitConfig, FIT_FLAGS)):

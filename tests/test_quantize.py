@@ -154,6 +154,52 @@ def test_groups_that_do_not_fit_are_named(params, stats):
     assert recipes.flatquant("w4a16").replace(group_size=32, vision="w4a4").for_vision().group_size is None
 
 
+def test_recipes_one_after_the_other(params, stats):
+    """Other bits in other layers; what one has prepared another does not freeze, and nothing half done is summed up."""
+    w = kernels(params)[PATH]
+    both = {"decoder": {f"blocks_{i}": {"down": {"kernel": w}} for i in range(2)}}
+    known = {f"decoder/blocks_{i}/down": stats[PATH] for i in range(2)}
+    recipe = [
+        recipes.splitq(scheme).replace(split=SPLIT, sites=f"decoder/blocks_{i}/*") for i, scheme in enumerate(("w4a4", "w3a8"))
+    ]
+    prepared = prepare(prepare(both, known, recipe[0]), known, recipe[1])
+    half = sq.freeze(prepared, recipe[0])
+    with pytest.raises(InputError, match="blocks_1/down: is prepared and not frozen"):
+        summarize(half)
+    assert [s.bits for s in summarize(sq.freeze(half, recipe[1]))] == [(4, 4), (3, 8)]
+    with pytest.raises(InputError, match=r"blocks_0/down: prepared for bits \[4, 4, 4, 4\], frozen for \[8, 8, 8, 8\]"):
+        sq.freeze(prepared, recipe[0].replace(scheme="w8a8"))
+
+
+def test_quantize_maps_over_models(params, stats):
+    recipe = recipes.splitq("w4a4").replace(split=SPLIT, cws_start=0.5)
+    two = jax.vmap(lambda p: sq.quantize(p, stats, recipe))(jax.tree.map(lambda a: jnp.stack([a, 2 * a]), params))
+    second = jax.tree.map(lambda a: a[1], two)
+    assert relative_error(apply(second, planted_tokens()), 2 * (planted_tokens() @ kernels(params)[PATH])) < 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"cws_start": float("nan")}, {"smooth": (float("nan"), 1.0)}, {"smooth": 0.5}, {"clip": "no"}, {"seed": 1.5}),
+        *({"clusters": 2.5}, {"split": 0.02}, {"sites": ()}, {"sites": ""}),
+    ],
+    ids=str,
+)
+def test_fields_of_another_kind_are_refused(changes):
+    (name,) = changes
+    with pytest.raises(InputError, match=f"recipe: {name}"):
+        recipes.splitq("w4a4").replace(**changes)
+    assert recipes.splitq("w4a4").replace(sites="decoder/*").sites == recipes.splitq("w4a4").replace(sites=["decoder/*"]).sites
+
+
+def test_sites_are_the_decoders(params, stats):
+    tree = params | {"vision": {"blocks_0": {"fc1": {"kernel": jnp.ones((8, 8))}}}}
+    for pattern in ("*", "vision/*"):
+        with pytest.raises(InputError, match=r"vision/blocks_0/fc1.*--vision"):
+            match(tree, recipes.rtn("w4a4").replace(sites=pattern))
+
+
 def test_gptq_rounds_all_of_a_site_or_nothing():
     """What it repairs in one group would otherwise be lost in silence."""
     for scheme, bits in (("w4a4", 16), ("w16a4", 4)):

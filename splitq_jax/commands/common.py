@@ -72,6 +72,17 @@ def is_quantized(params: Any) -> bool:
     return any(isinstance(leaf, SplitWeight) for leaf in quantization.kernels(params).values())
 
 
+def made_by(manifest: Mapping[str, Any], params: Any) -> tuple[str, str, int]:
+    """Return method, scheme and seed of a tree: the scheme by its codes, the others by the recipe or recipes that were kept with it."""
+    if not is_quantized(params):
+        return "float", "float", 0
+    kept = manifest.get("recipe")
+    recipes = [recipe for recipe in (kept if isinstance(kept, list) else [kept]) if isinstance(recipe, dict)]
+    methods = dict.fromkeys(str(recipe.get("method", "quantized")) for recipe in recipes) or {"quantized": None}
+    schemes = dict.fromkeys(f"w{s.bits[0]}a{s.bits[1]}" for s in summary.summarize(params) if s.path.startswith("decoder/"))
+    return " + ".join(methods), " + ".join(schemes), next((recipe["seed"] for recipe in recipes if "seed" in recipe), 0)
+
+
 def answer_to(
     model: Any, params: Any, processor: models.Processor, question: str, images: list[Any], room: int, **numbers: Any
 ) -> str:

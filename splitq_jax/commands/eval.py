@@ -6,7 +6,7 @@ from pathlib import Path
 
 from splitq_jax import eval as evaluation
 from splitq_jax import models
-from splitq_jax.commands.common import add_data, add_model, add_output, is_quantized, output_of
+from splitq_jax.commands.common import add_data, add_model, add_output, is_quantized, made_by, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.manifest import read_manifest
 from splitq_jax.models.convert import PARAMS
@@ -41,11 +41,10 @@ def run(options: argparse.Namespace) -> None:
             rows.append(result_row(reference, params, "float", "float", 0, 0.0))
         result = evaluation.evaluate(setup.model, setup.params, questions, reference, progress=bar, label=str(options.model))
     manifest = read_manifest(options.model / PARAMS) if models.is_converted(options.model) else {}
-    made, seconds = manifest.get("recipe") or {}, (manifest.get("extra") or {}).get("seconds")
-    method, scheme = made.get("method", "float"), made.get("scheme", "float")
+    method, scheme, seed = made_by(manifest, setup.params)
     if rows and (method, scheme) == ("float", "float"):
         method = "float (MODEL)"
-    row = result_row(result, setup.params, method, scheme, made.get("seed", 0), seconds)
+    row = result_row(result, setup.params, method, scheme, seed, (manifest.get("extra") or {}).get("seconds"))
     rows.append(row if rows else dataclasses.replace(row, agreement=None, kl=None))
     console.print(evaluation.table(rows))
     if options.out is not None:

@@ -7,7 +7,7 @@ import numpy as np
 
 import splitq_jax as sq
 from splitq_jax import quantization, summary
-from splitq_jax.commands.common import layer_table
+from splitq_jax.commands.common import is_quantized, layer_table, made_by
 from splitq_jax.errors import InputError
 from splitq_jax.eval.plots import channel_maxima
 from splitq_jax.models.convert import PARAMS
@@ -27,11 +27,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Show a quantized model layer by layer."""
     params, manifest = sq.restore(options.model / PARAMS)
-    if manifest["recipe"] is None:
+    if not is_quantized(params):
         raise InputError(f"{options.model}: is not quantized; run splitq quantize first")
     console = make_console()
-    made = manifest["recipe"]
-    console.print(f"{made['method']} {made['scheme']}, seed {made['seed']}; written with {manifest['versions']}")
+    method, scheme, seed = made_by(manifest, params)
+    console.print(f"{method} {scheme}, seed {seed}; written with {manifest['versions']}")
     console.print(layer_table(params, (manifest["extra"] or {}).get("site_errors", {})))
     console.print(
         f"{summary.stored_bytes(params) / 1e6:,.1f} MB; {summary.effective_bits(params):.2f} bits a quantized weight, all told"
