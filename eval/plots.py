@@ -57,9 +57,9 @@ def losses(summaries: Sequence[Summary]) -> str:
         left.set_title(f"{scheme.upper()}: accuracy, %", loc="left", fontweight="bold")
         kl = np.array([r.kl or 0.0 for r in found.values()])
         right.barh(y, kl, 0.66, color=colours)
-        for i, value in zip(y, kl, strict=True):
-            if list(found.values())[y.index(i)].kl is not None:
-                right.text(value + 0.012 * kl.max(), i, f"{value:.3f}", va="center", color=INK, fontsize=8)
+        for i, row in zip(y, found.values(), strict=True):
+            if row.kl is not None:
+                right.text(row.kl + 0.012 * kl.max(), i, f"{row.kl:.3f}", va="center", color=INK, fontsize=8)
         right.set(xlim=(0, max(1.12 * float(kl.max()), 1e-9)))
         right.locator_params(axis="x", nbins=5)
         right.set_title("KL from float, nats", loc="left", fontweight="bold")

@@ -24,7 +24,18 @@ from splitq_jax.errors import InputError
 from splitq_jax.mocd import SiteStats
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, output_folder, progress_bar
-from splitq_jax.pipeline import CHANNELS, Outcome, Params, Setup, channels_of, keep_freed_memory, quantized, result_row
+from splitq_jax.pipeline import (
+    CHANNELS,
+    Outcome,
+    Params,
+    Setup,
+    by_key,
+    channels_of,
+    keep_freed_memory,
+    quantized,
+    result_row,
+    run_folder,
+)
 from splitq_jax.quantization import kernels
 from splitq_jax.recipe import Recipe, Rounding
 
@@ -87,7 +98,7 @@ def run(config: DemoConfig) -> Path:
     chosen = [recipe.named(name, config.scheme).replace(seed=config.seed) for name in names]
     chosen = [part.replace(rounding=config.rounding) if part.train else part for part in chosen]
     keep_freed_memory()
-    runs = (out := config.out.resolve()).with_name(f"{out.name}.run")
+    runs = run_folder(config.out)
     with output_folder(config.out, config.overwrite) as folder:
         console = make_console()
         _fill(folder, runs, config, chosen, console)
@@ -149,7 +160,7 @@ def _fill(out: Path, runs: Path, config: DemoConfig, chosen: Sequence[Recipe], c
         "site_errors": erred.result(),
     }
     sq.save(out / "quantized" / PARAMS, done.params, recipe=chosen[-1], config=setup.model.config, extra=extra)
-    sq.save(out / "quantized" / CHANNELS, {path.replace("/", "."): s.absmax for path, s in stats.items()})
+    sq.save(out / "quantized" / CHANNELS, by_key({path: s.absmax for path, s in stats.items()}))
     models.copy_processor(out / "model", out / "quantized")
     for answer in answers:
         console.print(f"{answer.question}  [bold]{answer.said['quantized']}[/bold]  (right: {answer.answer})")

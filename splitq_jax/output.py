@@ -84,9 +84,9 @@ def drafted(out: Path) -> Iterator[Path]:
     try:
         draft.mkdir(parents=True)
         yield draft
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             draft.rename(target)
         except BaseException:
             if old.exists():

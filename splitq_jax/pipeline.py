@@ -54,6 +54,22 @@ def source(data: str, data_dir: Path) -> Source:
     raise InputError(f"--data {data!r}: expected easy-vqa or a .jsonl file")
 
 
+def run_folder(out: Path) -> Path:
+    """Return where the finished blocks of what becomes ``out`` are kept, beside it."""
+    target = out.resolve()
+    return target.with_name(f"{target.name}.run")
+
+
+def by_key(of_sites: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree that can be saved, of what is known of sites by their paths: a key may not hold a slash."""
+    return {path.replace("/", "."): value for path, value in of_sites.items()}
+
+
+def by_path(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo `by_key`."""
+    return {key.replace(".", "/"): value for key, value in tree.items()}
+
+
 def keep_freed_memory() -> None:
     """Let this process keep what it frees, where the C library is glibc.
 
@@ -188,9 +204,8 @@ def quantized(
     if recipe.train:
         run = None
         if run_folder is not None:
-            scores = {
-                path: replace(s, gram=None) for path, s in stats.items()
-            }  # which choose the channels; Gram matrices train nothing
+            # statistics choose the channels; Gram matrices train nothing
+            scores = {path: replace(s, gram=None) for path, s in stats.items()}
             run = Run(run_folder, fingerprint(setup.params, scores, list(batches), recipe, config, jax.__version__))
         try:
             prepared, errors = calib.fit(

@@ -136,8 +136,8 @@ def prepare_site(
     """Partition one site and set its learnable parts to their start (see `Recipe`).
 
     Raises:
-      InputError: statistics of another split; Gram matrices or rank that the recipe needs and the site has not; a `Recipe.group` that
-        does not divide the main group.
+      InputError: statistics of another split; Gram matrices or rank that the recipe needs and the site has not; a `Recipe.group_size`
+        that does not divide the main group.
     """
     w = w.astype(jnp.float32)
     width = w.shape[0]
@@ -280,7 +280,7 @@ def freeze_site(site: TrainableSplit, recipe: Recipe) -> SplitWeight:
     if exact is not None:
         u, v = quantize_columns(exact.u, side_w_bits, multiple=multiple), quantize_rows(exact.v, side_w_bits, multiple)
         branches = dataclasses.replace(exact, u=u, v=v)
-    if site.gram is None:
+    if site.gram is None or w_bits >= FLOAT_BITS:  # a recipe has codes in all groups or in none where it asks for GPTQ
         shared = (site.group_size, *[None] * (len(weights) - 1))
         codes = [quantize_columns(w, n, clip, multiple, g) for w, n, clip, g in zip(weights, bits, clips, shared, strict=True)]
     else:

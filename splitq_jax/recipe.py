@@ -173,8 +173,8 @@ class Recipe:
 
     def for_vision(self) -> "Recipe":
         """Return the recipe of the vision tower's sites."""
-        vision = dataclasses.replace(self, scheme=self.vision, group_size=None, select="none", cws="off", mac="off")
-        return vision.replace(sites=("vision/blocks_*/*",))
+        off = {"group_size": None, "select": "none", "cws": "off", "mac": "off"}
+        return self.replace(scheme=self.vision, sites=("vision/blocks_*/*",), **off)
 
     def replace(self, **changes: object) -> "Recipe":
         """Return a copy with fields changed."""

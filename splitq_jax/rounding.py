@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from splitq_jax.numerics import FLOAT_BITS, code_range
-from splitq_jax.qtensor import QTensor, column_scales, from_codes, quantize_columns
+from splitq_jax.numerics import code_range
+from splitq_jax.qtensor import QTensor, column_scales, from_codes
 from splitq_jax.site import split
 
 DAMPING = 0.01  # share of the mean diagonal that is added to the Hessian, as in the paper's code
@@ -28,7 +28,7 @@ def gptq(
     Args:
       parts: the matrix, cut into parts of rows that have scales of their own; the errors of one are repaired in the next as well.
       hessian: ``X^T X`` of the inputs that the whole matrix meets.
-      bits: code bits of each part; where any is float, all are rounded to nearest.
+      bits: code bits of each part.
       clips: LWC's factors of each part; the scales are those of rounding to nearest.
       multiple: of rows, to which the words are padded.
       group: rows of the first part that share a scale; None: all, as in the others.
@@ -37,8 +37,6 @@ def gptq(
       InputError: a group that does not divide the rows.
     """
     groups = [group, *[None] * (len(parts) - 1)]
-    if max(bits) >= FLOAT_BITS:
-        return [quantize_columns(w, b, clip, multiple, g) for w, b, clip, g in zip(parts, bits, clips, groups, strict=True)]
     scales = [column_scales(w, b, clip, g) for w, b, clip, g in zip(parts, bits, clips, groups, strict=True)]
     sharing = np.concatenate([[w.shape[0] // len(s)] * len(s) for w, s in zip(parts, scales, strict=True)])
     scale = np.repeat(np.arange(len(sharing)), sharing)

@@ -24,7 +24,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads wait for each o
 os.environ["TFDS_DISABLE_PROGRESS_BAR"] = "1"
 
 import jax
+import pytest
+from kernel_reference import BACKENDS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")  # where an accelerator runs them: references are float32's
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Return each backend of the kernels in turn."""
+    return request.param

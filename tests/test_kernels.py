@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from kernel_reference import (
     ACCUMULATION,
-    BACKENDS,
     SCHEMES,
     assert_close,
     given_operands,
@@ -28,12 +27,6 @@ from splitq_jax.kernels import api, operands, tpu_quantizer
 from splitq_jax.linear import linear
 from splitq_jax.packing import TILE_ROWS
 from splitq_jax.qtensor import quantize_columns
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
-
 
 SHAPES = [(1, 576, 200, 8), (70, 1536, 384, 64), (33, 2048, 131, 64)]
 

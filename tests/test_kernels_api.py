@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from kernel_reference import (
     ACCUMULATION,
-    BACKENDS,
     SCHEMES,
     assert_close,
     given_operands,
@@ -28,11 +27,6 @@ from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
 from splitq_jax.qtensor import quantize_columns
 from splitq_jax.sharding import of
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
 
 
 def test_the_platform_chooses_inside_jit():

@@ -12,7 +12,6 @@ from splitq_jax.errors import InputError
 from splitq_jax.linear import SplitWeight, linear
 from splitq_jax.mocd import SplitSize
 from splitq_jax.numerics import gaussian_clip
-from splitq_jax.qtensor import quantize_columns
 from splitq_jax.quantization import kernels, layer_columns, match, prepare
 from splitq_jax.rounding import gptq
 from splitq_jax.site import learnable, split, unrounded, with_learnable
@@ -178,34 +177,11 @@ def test_quantize_maps_over_models(params, stats):
     assert relative_error(apply(second, planted_tokens()), 2 * (planted_tokens() @ kernels(params)[PATH])) < 0.1
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({"cws_start": float("nan")}, {"smooth": (float("nan"), 1.0)}, {"smooth": 0.5}, {"clip": "no"}, {"seed": 1.5}),
-        *({"clusters": 2.5}, {"split": 0.02}, {"sites": ()}, {"sites": ""}),
-    ],
-    ids=str,
-)
-def test_fields_of_another_kind_are_refused(changes):
-    (name,) = changes
-    with pytest.raises(InputError, match=f"recipe: {name}"):
-        recipes.splitq("w4a4").replace(**changes)
-    assert recipes.splitq("w4a4").replace(sites="decoder/*").sites == recipes.splitq("w4a4").replace(sites=["decoder/*"]).sites
-
-
 def test_sites_are_the_decoders(params, stats):
     tree = params | {"vision": {"blocks_0": {"fc1": {"kernel": jnp.ones((8, 8))}}}}
     for pattern in ("*", "vision/*"):
         with pytest.raises(InputError, match=r"vision/blocks_0/fc1.*--vision"):
             match(tree, recipes.rtn("w4a4").replace(sites=pattern))
-
-
-def test_gptq_rounds_all_of_a_site_or_nothing():
-    """What it repairs in one group would otherwise be lost in silence."""
-    for scheme, bits in (("w4a4", 16), ("w16a4", 4)):
-        with pytest.raises(InputError, match=f"{scheme} with side_bits={bits} leaves some float"):
-            recipes.splitq(scheme).replace(rounding="gptq", side_bits=bits)
-    assert recipes.splitq("w16a4").replace(rounding="gptq").side == (16, 4)
 
 
 def numpy_split_linear(x, w, leaf, bits):
@@ -288,40 +264,6 @@ def test_the_split_alone_isolates_planted_outliers(scheme, params, stats):
         error[select] = relative_error(apply(sq.quantize(params, stats, recipe), x), y0)
     assert error["mocd"] < 0.5 * error["none"], error
     assert error["mocd"] < 0.6 * error["random"], error
-
-
-def test_gptq_beats_nearest_on_correlated_inputs():
-    rng = np.random.default_rng(0)
-    mix = rng.standard_normal((D, 8)) @ rng.standard_normal((8, D)) + 0.3 * np.eye(D)
-    x = jnp.asarray(rng.standard_normal((500, D)) @ mix, jnp.float32)
-    w = jnp.asarray(rng.standard_normal((D, N)), jnp.float32)
-    (repaired,) = gptq([w], x.T @ x, [3], [None])
-    errors = [relative_error(x @ q.decode(), x @ w) for q in (repaired, quantize_columns(w, 3))]
-    assert errors[0] < 0.5 * errors[1]
-
-
-@pytest.mark.parametrize(("sizes", "group"), [((6,), None), ((150, 20, 10), None), ((150, 20, 10), 30)])
-def test_gptq_is_its_sequential_definition(sizes, group):
-    """Each row's rounding error, spread by least squares on the rows that follow (OBQ), in float64; parts have scales and bits."""
-    rng = np.random.default_rng(1)
-    rows, count = sum(sizes), 10 * sum(sizes)
-    x, w = rng.standard_normal((count, rows)), rng.standard_normal((rows, 4))
-    h = x.T @ x
-    damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(rows)
-    bits, parts = [3, 4, 4][-len(sizes) :], np.split(w, np.cumsum(sizes)[:-1])
-    top = np.repeat([2 ** (b - 1) - 1 for b in bits], sizes)[:, None]
-    sharing = [rows for i, p in enumerate(parts) for rows in np.split(p, len(p) // group if group and i == 0 else 1)]
-    scale = np.concatenate([np.broadcast_to(np.abs(p).max(0), p.shape) for p in sharing]) / top
-    left, codes = w.copy(), np.zeros(w.shape)
-    for k in range(rows):
-        codes[k] = np.clip(np.round(left[k] / scale[k]), -top[k] - 1, top[k])
-        error = left[k] - codes[k] * scale[k]
-        # minimise (e, d)^T H (e, d) over the later rows' change d
-        if k < rows - 1:
-            left[k + 1 :] += np.linalg.solve(damped[k + 1 :, k + 1 :], damped[k + 1 :, k : k + 1]) @ error[None]
-    got = gptq([jnp.asarray(p, jnp.float32) for p in parts], jnp.asarray(h, jnp.float32), bits, [None] * len(sizes), group=group)
-    assert [q.bits for q in got] == bits
-    assert (np.concatenate([q.codes() for q in got]) == codes).all()
 
 
 def test_gptq_repairs_a_site_of_several_groups(params):

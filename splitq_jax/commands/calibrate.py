@@ -15,7 +15,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, progress_bar
-from splitq_jax.pipeline import Setup, keep_freed_memory, source
+from splitq_jax.pipeline import Setup, by_key, keep_freed_memory, source
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +36,7 @@ def run(options: argparse.Namespace) -> None:
     with output_of(options) as folder, progress_bar() as bar:
         batches = setup.calibration(options.samples, options.seed)
         stats = collect(setup, options, batches, options.gram, options.vision_tower, bar)
-        # a key may not hold a slash
-        sq.save(folder / PARAMS, {path.replace("/", "."): s for path, s in stats.items()}, extra=provenance(setup, options))
+        sq.save(folder / PARAMS, by_key(stats), extra=provenance(setup, options))
     make_console().print(f"Wrote {options.out}: statistics of {len(stats)} sites from {options.samples} samples")
 
 

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     if rows and (method, scheme) == ("float", "float"):
         method = "float (MODEL)"
     row = result_row(result, setup.params, method, scheme, seed, (manifest.get("extra") or {}).get("seconds"))
-    rows.append(row if rows else dataclasses.replace(row, agreement=None, kl=None))
+    rows.append(dataclasses.replace(row, agreement=None, kl=None) if reference is None else row)
     console.print(evaluation.table(rows))
     if options.out is not None:
         facts = {"model": str(options.model), "reference": str(options.reference), "data": options.data, "split": options.split}

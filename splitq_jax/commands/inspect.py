@@ -12,7 +12,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.eval.plots import channel_maxima
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console
-from splitq_jax.pipeline import CHANNELS, channels_of
+from splitq_jax.pipeline import CHANNELS, by_key, by_path, channels_of
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +40,13 @@ def run(options: argparse.Namespace) -> None:
         maxima, _ = sq.restore(options.model / CHANNELS)
         leaves = quantization.kernels(params)
         plots = {
-            name: channel_maxima(channels_of(path, np.asarray(absmax), leaves[path]))
-            for name, absmax in maxima.items()
-            if (path := name.replace(".", "/")) in leaves
+            path: channel_maxima(channels_of(path, np.asarray(absmax), leaves[path]))
+            for path, absmax in by_path(maxima).items()
+            if path in leaves
         }
         try:
             options.plots.mkdir(parents=True, exist_ok=True)
-            for name, svg in plots.items():
+            for name, svg in by_key(plots).items():
                 (options.plots / f"{name}.svg").write_text(svg, encoding="utf-8")
         except OSError as e:
             raise InputError(f"--plots {options.plots}: cannot be written ({e.strerror}); give another folder") from None

@@ -18,7 +18,7 @@ from splitq_jax.flags import add_fields, given
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, progress_bar
-from splitq_jax.pipeline import CHANNELS, quantized
+from splitq_jax.pipeline import CHANNELS, by_key, by_path, quantized, run_folder
 
 RECIPE_FLAGS = (
     *("select", "clusters", "group_size", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     config = FitConfig(**(vars(EFFORTS[options.effort]) | given(options, FitConfig)))
     setup = float_setup(options)
     _print_plan(console, quantization.match(setup.params, chosen))
-    runs = options.run_folder or (out := options.out.resolve()).with_name(f"{out.name}.run")
+    runs = options.run_folder or run_folder(options.out)
     with output_of(options) as folder:
         batches, made_of = setup.calibration(options.samples, options.seed), provenance(setup, options)
         with progress_bar(console) as bar:
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
         errors = calib.site_errors(setup.model, setup.params, done.params, batches)
         facts = {"site_errors": errors, "block_errors": [vars(e) for e in done.errors], "training": config, "seconds": done.seconds}
         sq.save(folder / PARAMS, done.params, recipe=chosen, config=setup.model.config, extra=made_of | facts)
-        sq.save(folder / CHANNELS, {path.replace("/", "."): s.absmax for path, s in stats.items()})
+        sq.save(folder / CHANNELS, by_key({path: s.absmax for path, s in stats.items()}))
         models.copy_processor(options.model, folder)
     if chosen.train:
         discard(runs)
@@ -98,4 +98,4 @@ def _restore_stats(folder: Path, wanted: Mapping[str, Any]) -> dict[str, SiteSta
             raise InputError(
                 f"--stats {folder}: collected with {name} {found.get(name)}, here it is {value}; collect them anew or give the same"
             )
-    return {path.replace(".", "/"): s for path, s in tree.items()}
+    return by_path(tree)
