@@ -19,6 +19,7 @@ from jaxtyping import Float
 
 from splitq_jax.errors import InputError
 from splitq_jax.quantization import without_blocks
+from splitq_jax.sharding import on_host, spread
 
 Batch = Mapping[str, np.ndarray]
 Params = dict[str, Any]
@@ -46,12 +47,12 @@ def checked(mesh: Mesh | None) -> Mesh:
     """
     if mesh is not None and "data" not in mesh.axis_names:
         raise InputError(f"mesh: axes {', '.join(mesh.axis_names)}; samples are shared over an axis `data` (calib.data_mesh())")
-    return mesh or data_mesh(jax.devices()[:1])
+    return mesh or data_mesh(jax.local_devices()[:1])
 
 
 def on_all(mesh: Mesh, tree: Any) -> Any:
     """Give every device the whole tree, wherever it was."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return spread(tree, NamedSharding(mesh, P()))
 
 
 def block_name(i: int) -> str:
@@ -101,7 +102,7 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
 
 
 def _in_float32(a: Any) -> np.ndarray:
-    return np.asarray(a, np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else None)
+    return np.asarray(on_host(a), np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else None)
 
 
 @partial(jax.jit, static_argnums=0)  # compiled once, however often a calibration set is read
@@ -129,7 +130,7 @@ def _cpu_options() -> dict[str, Any]:
 
 def place(mesh: Mesh, tree: Any) -> Any:
     """Put host arrays on the mesh, the leading axis over ``data``."""
-    return jax.device_put(tree, NamedSharding(mesh, P("data")))
+    return spread(tree, NamedSharding(mesh, P("data")))
 
 
 @cache
@@ -141,7 +142,7 @@ def forward(block: Any, mesh: Mesh) -> Callable[[Params, Sequence[Hidden]], list
         outs = []
         for hidden in hiddens:
             padded = pad_rows(hidden, mesh.size)
-            y = np.asarray(step(p, place(mesh, padded.x), place(mesh, padded.context)))
+            y = on_host(step(p, place(mesh, padded.x), place(mesh, padded.context)))
             outs.append(Hidden(y[: hidden.x.shape[0]], hidden.context))
         return outs
 

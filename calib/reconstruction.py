@@ -40,6 +40,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.numerics import in_float32
 from splitq_jax.output import counter
 from splitq_jax.quantization import kernels, replace_kernels
+from splitq_jax.sharding import on_host
 from splitq_jax.site import TrainableSplit, learnable, round_weights, with_learnable
 
 Loss = Literal["mse", "mae", "balanced", "token"]
@@ -178,7 +179,8 @@ def fit(
 
 
 def _where_it_was(learned: Array, first: Array | np.ndarray) -> Array | np.ndarray:
-    return np.asarray(learned) if isinstance(first, np.ndarray) else jax.device_put(learned, first.sharding)
+    value = on_host(learned)  # not from devices to devices, which may be other processes'
+    return value if isinstance(first, np.ndarray) else jax.device_put(value, first.sharding)
 
 
 def take(hidden: Hidden, rows: np.ndarray) -> Hidden:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from splitq_jax.errors import InputError
+from splitq_jax.processes import by_first, is_first
 from splitq_jax.sharding import on_host
 
 
@@ -34,7 +36,7 @@ MANIFEST, LOCK = "run.json", "writer.lock"
 
 def discard(folder: Path) -> None:
     """Delete a finished run; what is not a run's stays."""
-    if (folder / MANIFEST).is_file():
+    if is_first() and (folder / MANIFEST).is_file():
         for file in (*folder.glob("block_*.safetensors"), *folder.glob(".*.tmp"), folder / LOCK, folder / MANIFEST):
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # holds something else
@@ -42,7 +44,10 @@ def discard(folder: Path) -> None:
 
 
 class Run:
-    """Keeps finished blocks under ``folder``; a second writer and a different fingerprint are refused."""
+    """Keeps finished blocks under ``folder``; a second writer and a different fingerprint are refused.
+
+    Of several processes (`jax.distributed`) the first reads and writes; what one calls, all call.
+    """
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         """Open or create the run.
@@ -51,6 +56,9 @@ class Run:
           InputError: the folder is no run's or a different run's, cannot be made, or another run, of this process or another, writes to it.
         """
         self.folder = Path(folder)
+        by_first(partial(self._open, fingerprint))
+
+    def _open(self, fingerprint: str) -> None:
         manifest = self.folder / MANIFEST
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +95,8 @@ class Run:
 
     def close(self) -> None:
         """Release the folder."""
-        self._writer.close()
+        if is_first():
+            self._writer.close()
 
     def save(self, block: int, theta: Any, error: tuple[float, float]) -> None:
         """Keep a finished block.
@@ -97,6 +106,9 @@ class Run:
           theta: its learnable arrays.
           error: its relative output error before and after training, NaN where it was not measured.
         """
+        by_first(partial(self._save, block, theta, error))
+
+    def _save(self, block: int, theta: Any, error: tuple[float, float]) -> None:
         flat = {jax.tree_util.keystr(p): np.ascontiguousarray(v) for p, v in jax.tree_util.tree_leaves_with_path(theta)}
         temporary = self.folder / f".block_{block:03d}.tmp"
         save_file(flat, temporary, metadata={"before": repr(error[0]), "after": repr(error[1]), "sha256": fingerprint(flat)})
@@ -108,6 +120,14 @@ class Run:
         Raises:
           InputError: a damaged file.
         """
+        found = by_first(partial(self._load, block))
+        if found is None:
+            return None
+        flat, errors = found
+        paths, tree = jax.tree_util.tree_flatten_with_path(like)
+        return jax.tree.unflatten(tree, [jax.numpy.asarray(flat[jax.tree_util.keystr(p)]) for p, _ in paths]), errors
+
+    def _load(self, block: int) -> tuple[dict[str, np.ndarray], tuple[float, float]] | None:
         file = self._file(block)
         if not file.exists():
             return None
@@ -118,9 +138,7 @@ class Run:
             raise InputError(f"{file}: {error}; delete the file to train this block again") from None
         if fingerprint(flat) != metadata["sha256"]:
             raise InputError(f"{file}: checksum differs; delete the file to train this block again")
-        paths, tree = jax.tree_util.tree_flatten_with_path(like)
-        values = [jax.numpy.asarray(flat[jax.tree_util.keystr(p)]) for p, _ in paths]
-        return jax.tree.unflatten(tree, values), (float(metadata["before"]), float(metadata["after"]))
+        return flat, (float(metadata["before"]), float(metadata["after"]))
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block_{block:03d}.safetensors"

@@ -37,6 +37,7 @@ from splitq_jax.errors import InputError
 from splitq_jax.mocd import FIRST, RANK_BINS, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
 from splitq_jax.numerics import in_float32
 from splitq_jax.output import counter
+from splitq_jax.sharding import on_host
 
 DEFAULT_SPLIT = SplitSize()
 
@@ -89,7 +90,7 @@ def collect(
         for hidden in hiddens:
             padded = pad_rows(hidden, mesh.size)
             y, part = first_pass(p, place(mesh, padded.x), place(mesh, padded.context))
-            outs.append(Hidden(np.asarray(y)[: hidden.x.shape[0]], hidden.context))
+            outs.append(Hidden(on_host(y)[: hidden.x.shape[0]], hidden.context))
             part = {n: _over_samples(v, hidden.x.shape[0]) for n, v in part.items()}
             sums = part if not sums else {name: _add(sums[name], part[name]) for name in part}
         for name, s in sums.items():
@@ -101,7 +102,7 @@ def collect(
             padded = pad_rows(hidden, mesh.size)
             where = text_positions(padded, skip_first, most)
             part = second_pass(p, place(mesh, padded.x), place(mesh, padded.context), place(mesh, where), main)
-            part = jax.tree.map(np.asarray, part)
+            part = jax.tree.map(on_host, part)
             ranks = part if not ranks else {n: ranks[n] + part[n] for n in part}
         for n, s in sums.items():
             stats[f"{block_name(i)}/{n}"] = SiteStats(
@@ -141,7 +142,7 @@ def text_positions(hidden: Hidden, skip_first: bool, most: int) -> dict[str, np.
 
 def _over_samples(part: dict[str, Array], samples: int) -> dict[str, np.ndarray]:
     """Gather one site's statistics, one row a sample (``gram``: a device), the padding left out."""
-    rows = {k: np.asarray(v) if k == "gram" else np.asarray(v)[:samples] for k, v in part.items()}
+    rows = {k: on_host(v) if k == "gram" else on_host(v)[:samples] for k, v in part.items()}
     return {k: v.max(axis=0) if k == "absmax" else v.sum(axis=0, dtype=np.float64) for k, v in rows.items()}
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from rich.progress import Progress
 from splitq_jax.errors import InputError
 from splitq_jax.manifest import FORMAT, MANIFEST, VERSION, Deferred, describe, is_checkpoint, plain, read_manifest, rebuild, seal
 from splitq_jax.output import counter, drafted
+from splitq_jax.processes import by_first, is_first
 from splitq_jax.sharding import on_host, sharding
 
 __all__ = ["Deferred", "read_manifest", "restore", "save"]
@@ -49,6 +51,8 @@ def save(
 ) -> Path:
     """Write a parameter tree; the folder appears whole or not at all.
 
+    Of several processes (`jax.distributed`) all call this with the same tree, and the first writes.
+
     Args:
       path: the folder to make.
       params: nested dicts, tuples, lists and None, with arrays, `Deferred` arrays or `flax.struct.dataclass` leaves of this package.
@@ -62,13 +66,10 @@ def save(
       ``path``.
 
     Raises:
-      InputError: several processes (`jax.distributed`); the folder exists; the disk is too full; a leaf, key or static field of a type
-        that is not restored.
+      InputError: the folder exists; the disk is too full; a leaf, key or static field of a type that is not restored.
     """
-    if jax.process_count() > 1:
-        raise InputError(f"{path}: {jax.process_count()} processes; only one alone can save (they could not agree on a folder)")
     target = Path(path).resolve()
-    _check_target(target, overwrite)
+    by_first(partial(_check_target, target, overwrite))
     arrays: dict[str, Any] = {}
     tree = describe(params, "", arrays)
     manifest = {
@@ -81,6 +82,14 @@ def save(
         "tree": tree,
         "leaves": {},
     }
+    if not is_first():
+        for leaf in arrays.values():
+            _gathered(leaf)
+    by_first(partial(_write, target, arrays, manifest, progress))
+    return Path(path)
+
+
+def _write(target: Path, arrays: dict[str, Any], manifest: dict[str, Any], progress: Progress | None) -> None:
     with drafted(target) as draft:
         needed, free = sum(v.nbytes for v in arrays.values()) + SPARE, shutil.disk_usage(draft).free
         if free < needed:
@@ -89,7 +98,7 @@ def save(
         for number, part in enumerate(_parts(arrays)):
             values = {}
             for name in part:
-                values[name] = _value(arrays[name])
+                values[name] = _gathered(_value(arrays[name]))
                 manifest["leaves"][name] = _entry(values[name]) | {"part": number}
                 count_array()
             _write_arrays(_folder(draft, number), {k: v for k, v in values.items() if v.size})  # orbax fails on empty arrays
@@ -100,7 +109,6 @@ def save(
             if f.is_file()
         }
         (draft / MANIFEST).write_bytes(seal(manifest))
-    return Path(path)
 
 
 def restore(path: str | Path, *, mesh: Mesh | None = None, on_host: bool = False) -> tuple[Any, dict[str, Any]]:
@@ -164,6 +172,11 @@ def _parts(arrays: dict[str, Any]) -> Iterator[list[str]]:
 
 def _folder(checkpoint: Path, part: int) -> Path:
     return checkpoint / (f"{ARRAYS}_{part}" if part else ARRAYS)
+
+
+def _gathered(leaf: Any) -> Any:
+    """Return a leaf that orbax writes from one process alone: with several, who all call this, host memory of what they hold together."""
+    return on_host(leaf) if isinstance(leaf, jax.Array) and jax.process_count() > 1 else leaf
 
 
 def _value(leaf: Any) -> Any:
@@ -230,7 +243,9 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     if arrays:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             checkpointer.save(folder, args=ocp.args.PyTreeSave(arrays))
 
 

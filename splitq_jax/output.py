@@ -4,7 +4,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +12,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from splitq_jax.errors import InputError
+from splitq_jax.processes import by_first, is_first
 
 WRITTEN_BY_US = (("params/manifest.json",), ("report.json", "report.html"))  # what marks a folder that may be replaced
 
 
 def make_console() -> Console:
-    """Return the console that commands print to: a terminal's own width, else wide enough that no table is cut short."""
-    found = Console()
-    return found if found.is_terminal else Console(width=max(found.width, 160))
+    """Return the console that commands print to: a terminal's own width, else wide enough that no table is cut short.
+
+    Of several processes the first alone prints.
+    """
+    found = Console(quiet=not is_first())
+    return found if found.is_terminal else Console(width=max(found.width, 160), quiet=found.quiet)
 
 
 class Bar(Progress):
@@ -52,12 +56,21 @@ def counter(progress: Progress | None, label: str, total: int | None) -> Callabl
 
 @contextlib.contextmanager
 def output_folder(out: Path, overwrite: bool, *inputs: Path | None) -> Iterator[Path]:
-    """Give the folder that becomes ``out`` (see `drafted`).
+    """Give the folder that becomes ``out`` (see `drafted`); of several processes the first alone writes there.
 
     Raises:
       InputError: ``out`` exists, without ``overwrite`` or without being an output of these commands; it holds one of ``inputs``; no folder
         can have its name.
     """
+    by_first(partial(_check, out, overwrite, inputs))
+    if is_first():
+        with drafted(out) as draft:
+            yield draft
+    else:
+        yield out
+
+
+def _check(out: Path, overwrite: bool, inputs: Iterable[Path | None]) -> None:
     if "\0" in str(out) or str(out) != os.fsencode(out).decode(errors="replace"):
         raise InputError(f"--out {str(out)!r}: no folder's name; give one in UTF-8")
     for path in inputs:
@@ -68,8 +81,6 @@ def output_folder(out: Path, overwrite: bool, *inputs: Path | None) -> Iterator[
             raise InputError(f"--out {out}: exists; give another folder or --overwrite")
         if not any(all((out / name).is_file() for name in names) for names in WRITTEN_BY_US):
             raise InputError(f"--out {out}: exists and was not written by splitq, so it is left alone; give another folder")
-    with drafted(out) as draft:
-        yield draft
 
 
 @contextlib.contextmanager

@@ -168,6 +168,18 @@ def place(value: np.ndarray, to: jax.sharding.Sharding | None) -> jax.Array:
     return placed.block_until_ready()
 
 
+def spread(tree: Any, to: NamedSharding) -> Any:
+    """Put arrays on the devices of a mesh; with several processes each gives its devices their parts of what all of them hold."""
+    if to.is_fully_addressable:
+        return jax.device_put(tree, to)
+
+    def one(array: jax.Array | np.ndarray) -> jax.Array:
+        value = on_host(array)
+        return jax.make_array_from_callback(value.shape, to, lambda index: value[index])
+
+    return jax.tree.map(one, tree)
+
+
 def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """Return an array's value whole, gathered over its devices and processes.
 
@@ -176,6 +188,8 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """
     if isinstance(array, np.ndarray):
         return array
+    if not array.is_fully_addressable and array.is_fully_replicated:
+        return np.asarray(array)
     if not array.is_fully_addressable:
         from jax.experimental.multihost_utils import process_allgather
 

@@ -1,9 +1,5 @@
 """Parameters on a mesh: how each is split, and that nothing but their place changes."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,48 +225,3 @@ def test_a_host_copy_is_not_kept() -> None:
     np.testing.assert_array_equal(first, np.arange(64.0).reshape(8, 8))
     assert not np.shares_memory(first, second)
     assert np.shares_memory(np.asarray(array), np.asarray(array))  # if this fails, JAX has changed and `on_host` may be simpler
-
-
-PROCESS = """
-import sys
-import jax
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
-import numpy as np
-import splitq_jax as sq
-from jax.sharding import AxisType
-from splitq_jax import models, sharding
-
-mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-model, params = models.load(f"{sys.argv[3]}/model", mesh=mesh)
-kernel = params["decoder"]["blocks_0"]["o"]["kernel"]
-assert not kernel.is_fully_addressable and len(kernel.addressable_shards) == 4
-saved, _ = sq.restore(f"{sys.argv[3]}/saved", mesh=mesh)  # each checksum is of the whole array
-for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(saved), strict=True):
-    assert a.sharding == b.sharding
-    np.testing.assert_array_equal(sharding.on_host(a), sharding.on_host(b))
-try:
-    sq.save(f"{sys.argv[3]}/out", params)
-except sq.InputError as error:
-    assert "2 processes" in str(error)
-    print("done")
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_share_a_mesh(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model").symlink_to(folder)
-    sq.save(tmp_path / "saved", models.load(folder)[1])
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "-c", PROCESS]
-    both = [
-        subprocess.Popen([*command, str(i), str(port), str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        assert all("done" in process.communicate(timeout=300)[0] and process.returncode == 0 for process in both)
-    finally:
-        for process in both:
-            process.kill()

@@ -10,7 +10,7 @@ from rich.progress import Progress
 import splitq_jax as sq
 from splitq_jax import calib
 from splitq_jax.calib.run import fingerprint
-from splitq_jax.commands.common import add_calibration, add_model, add_output, is_quantized, output_of
+from splitq_jax.commands.common import add_calibration, add_model, add_output, is_quantized, join, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
@@ -32,12 +32,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Collect and write statistics."""
-    setup = float_setup(options)
-    with output_of(options) as folder, progress_bar() as bar:
+    join(options)
+    console, setup = make_console(), float_setup(options)
+    with output_of(options) as folder, progress_bar(console) as bar:
         batches = setup.calibration(options.samples, options.seed)
         stats = collect(setup, options, batches, options.gram, options.vision_tower, bar)
         sq.save(folder / PARAMS, by_key(stats), extra=provenance(setup, options))
-    make_console().print(f"Wrote {options.out}: statistics of {len(stats)} sites from {options.samples} samples")
+    console.print(f"Wrote {options.out}: statistics of {len(stats)} sites from {options.samples} samples")
 
 
 def float_setup(options: argparse.Namespace) -> Setup:

@@ -12,13 +12,14 @@ from splitq_jax import calib, models, quantization, recipe, summary
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
 from splitq_jax.calib.run import discard
 from splitq_jax.commands.calibrate import collect, float_setup, provenance
-from splitq_jax.commands.common import add_calibration, add_model, add_output, answer_to, layer_table, output_of
+from splitq_jax.commands.common import add_calibration, add_model, add_output, answer_to, join, layer_table, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.flags import add_fields, given
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import CHANNELS, by_key, by_path, quantized, run_folder
+from splitq_jax.processes import by_first
 
 RECIPE_FLAGS = (
     *("select", "clusters", "group_size", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
@@ -48,6 +49,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Quantize and write a model."""
+    join(options)
     console = make_console()
     size = SplitSize(options.split_rate, options.split_align)
     chosen = recipe.named(options.method, options.scheme).replace(split=size, **given(options, recipe.Recipe))
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         facts = {"site_errors": errors, "block_errors": [vars(e) for e in done.errors], "training": config, "seconds": done.seconds}
         sq.save(folder / PARAMS, done.params, recipe=chosen, config=setup.model.config, extra=made_of | facts)
         sq.save(folder / CHANNELS, by_key({path: s.absmax for path, s in stats.items()}))
-        models.copy_processor(options.model, folder)
+        by_first(lambda: models.copy_processor(options.model, folder))
     if chosen.train:
         discard(runs)
     before, after = summary.stored_bytes(setup.params), summary.stored_bytes(done.params)
@@ -89,7 +91,7 @@ def _print_plan(console: Console, matched: Mapping[str, recipe.Recipe]) -> None:
 
 
 def _restore_stats(folder: Path, wanted: Mapping[str, Any]) -> dict[str, SiteStats]:
-    tree, manifest = sq.restore(folder / PARAMS)
+    tree, manifest = sq.restore(folder / PARAMS, on_host=True)  # Gram matrices are as large as weights
     found = manifest["extra"] or {}
     if not tree or not all(isinstance(s, SiteStats) for s in tree.values()):
         raise InputError(f"--stats {folder}: holds no statistics; give a folder of splitq calibrate")
