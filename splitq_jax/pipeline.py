@@ -99,9 +99,11 @@ class Setup:
     data: Source
 
     @classmethod
-    def open(cls, folder: Path, data: Source, follow_links: bool = False, on_host: bool = False) -> "Setup":
+    def open(
+        cls, folder: Path, data: Source, follow_links: bool = False, *, mesh: Mesh | None = None, on_host: bool = False
+    ) -> "Setup":
         """Load a model folder (see `models.load`)."""
-        model, params = models.load(folder, follow_links=follow_links, on_host=on_host)
+        model, params = models.load(folder, mesh=mesh, follow_links=follow_links, on_host=on_host)
         return cls(model, params, models.Processor.from_folder(folder), data)
 
     def batches(self, records: Sequence[Mapping[str, Any]], batch_size: int, lengths: int = 1) -> list[Batch]:

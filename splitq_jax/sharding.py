@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from splitq_jax.errors import InputError
 from splitq_jax.qtensor import QTensor
@@ -122,6 +122,26 @@ def of(tree: Any, mesh: Mesh) -> Any:
     """
     automatic = _automatic(mesh)
     return jax.tree.map(lambda found: NamedSharding(automatic, found), specs(tree, mesh.shape))
+
+
+def mesh_of_sizes(text: str) -> Mesh:
+    """Return a mesh of the first devices, from the sizes of its axes as ``fsdp=2,tensor=4``.
+
+    Raises:
+      InputError: axes of other names, or twice; sizes that are no positive numbers; more than there are devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or name in sizes or not (size.isascii() and size.isdigit() and int(size)):
+            raise InputError(f"mesh {text!r}: {part!r}; expected each axis once, of {', '.join(AXES)}, with its size, as tensor=8")
+        sizes[name] = int(size)
+    devices = jax.devices()
+    if math.prod(sizes.values()) > len(devices):
+        raise InputError(f"mesh {text!r}: {math.prod(sizes.values())} devices; there are {len(devices)}")
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices[: math.prod(sizes.values())]
+    )
 
 
 def _automatic(mesh: Mesh) -> Mesh:

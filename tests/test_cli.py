@@ -59,6 +59,13 @@ def test_from_a_folder_to_an_answer(home: Path, capsys: pytest.CaptureFixture[st
     assert 0 < len(said.split()) <= 3
     assert run("generate", home / "w4a4", "what is this", "--image", home / "0.png", "--max-new-tokens", 3, "--stream") == 0
     assert capsys.readouterr().out == said
+    on_mesh = ["--mesh", "fsdp=2,tensor=2"]
+    assert run("generate", home / "w4a4", "what is this", "--image", home / "0.png", "--max-new-tokens", 3, *on_mesh) == 0
+    assert capsys.readouterr().out == said
+    assert run("eval", home / "w4a4", "--reference", home / "model", "--out", home / "over_devices", *data, *on_mesh) == 0
+    shared = json.loads((home / "over_devices" / "report.json").read_text())["rows"][1]
+    assert shared["accuracy"] == rows[1]["accuracy"] and shared["kl"] == pytest.approx(rows[1]["kl"], rel=1e-3)
+    capsys.readouterr()
     drawn = ["--max-new-tokens", 9, "--temperature", 2, "--top-p", 0.9, "--kv-bits", 8]
     answers = set()
     for seed in (1, 2, 1):
@@ -176,6 +183,8 @@ REFUSED = {
     "no such size": (["demo", "--size", "foo"], "--size 'foo'"),
     "no demo seed": (["demo", "--seed", "-1"], "--seed -1"),
     "output exists": (["convert", "MODEL", "--out", "FLAX"], "--overwrite"),
+    "no mesh axis": (["generate", "MODEL", "what is this", "--mesh", "model=2"], "expected each axis once"),
+    "no such mesh": (["eval", "MODEL", "--data", "SET", "--mesh", "fsdp=3,tensor=3"], "there are 8"),
     "no limit": (["eval", "MODEL", "--data", "SET", "--limit", "-1"], "--limit -1"),
 }
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
 from rich.table import Table
 
 from splitq_jax import models, processes, quantization, summary
 from splitq_jax.linear import SplitWeight
 from splitq_jax.output import output_folder
+from splitq_jax.sharding import mesh_of_sizes
 
 
 def add_output(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -32,6 +34,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--follow-links", action="store_true", help="allow weights that link out of the folder, as in the hub's cache"
     )
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Add ``--mesh``."""
+    parser.add_argument(
+        "--mesh", default=None, metavar="AXIS=SIZE,…", help="split the parameters over devices, as tensor=8 (default: one device)"
+    )
+
+
+def mesh_of(options: argparse.Namespace) -> Mesh | None:
+    """Return the devices that ``--mesh`` names; None: the default one."""
+    return None if options.mesh is None else mesh_of_sizes(options.mesh)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from splitq_jax import eval as evaluation
 from splitq_jax import models
-from splitq_jax.commands.common import add_data, add_model, add_output, is_quantized, made_by, output_of
+from splitq_jax.commands.common import add_data, add_mesh, add_model, add_output, is_quantized, made_by, mesh_of, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.manifest import read_manifest
 from splitq_jax.models.convert import PARAMS
@@ -17,6 +17,7 @@ from splitq_jax.pipeline import Setup, result_row, source
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``splitq eval``."""
     add_model(parser)
+    add_mesh(parser)
     add_data(parser)
     add_output(parser, required=False)
     parser.add_argument("--reference", type=Path, default=None, help="the float model's folder, for agreement and KL")
@@ -28,13 +29,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Evaluate a model and print (and write) its row."""
     console = make_console()
-    data = source(options.data, options.data_dir)
-    setup = Setup.open(options.model, data, options.follow_links)
+    mesh, data = mesh_of(options), source(options.data, options.data_dir)
+    setup = Setup.open(options.model, data, options.follow_links, mesh=mesh)
     questions = setup.questions(options.split, options.limit)
     rows, reference = [], None
     with progress_bar(console) as bar:
         if options.reference is not None:
-            model, params = models.load(options.reference, follow_links=options.follow_links)
+            model, params = models.load(options.reference, mesh=mesh, follow_links=options.follow_links)
             if is_quantized(params):
                 raise InputError(f"--reference {options.reference}: is quantized; give the float model")
             reference = evaluation.evaluate(model, params, questions, progress=bar, label="float")

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 
 from splitq_jax import models
-from splitq_jax.commands.common import add_model, answer_to
+from splitq_jax.commands.common import add_mesh, add_model, answer_to, mesh_of
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of ``splitq generate``."""
     add_model(parser)
+    add_mesh(parser)
     parser.add_argument("question", help="what to ask")
     parser.add_argument("--image", action="append", default=[], help="an image file; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="a bound on the answer (default: 64)")
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the answer to a question."""
     processor = models.Processor.from_folder(options.model)
     images = [models.open_image(path) for path in options.image]
-    model, params = models.load(options.model, follow_links=options.follow_links)
+    model, params = models.load(options.model, mesh=mesh_of(options), follow_links=options.follow_links)
     numbers = {name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed", "kv_bits")}
     shown = _Shown(processor.tokenizer) if options.stream else None
     numbers["on_token"] = shown

@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 import splitq_jax as sq
 from splitq_jax import quantization, summary
 from splitq_jax.commands.common import is_quantized, layer_table, made_by
@@ -26,7 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Show a quantized model layer by layer."""
-    params, manifest = sq.restore(options.model / PARAMS)
+    params, manifest = sq.restore(options.model / PARAMS, on_host=True)
     if not is_quantized(params):
         raise InputError(f"{options.model}: is not quantized; run splitq quantize first")
     console = make_console()
@@ -37,10 +35,10 @@ def run(options: argparse.Namespace) -> None:
         f"{summary.stored_bytes(params) / 1e6:,.1f} MB; {summary.effective_bits(params):.2f} bits a quantized weight, all told"
     )
     if options.plots is not None:
-        maxima, _ = sq.restore(options.model / CHANNELS)
+        maxima, _ = sq.restore(options.model / CHANNELS, on_host=True)
         leaves = quantization.kernels(params)
         plots = {
-            path: channel_maxima(channels_of(path, np.asarray(absmax), leaves[path]))
+            path: channel_maxima(channels_of(path, absmax, leaves[path]))
             for path, absmax in by_path(maxima).items()
             if path in leaves
         }
