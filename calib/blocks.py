@@ -88,8 +88,12 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
     """Run the vision tower, the projector and the embedding; what comes out is float32, and so are the blocks then, whatever weights are.
 
     Raises:
-      InputError: no batch at all.
+      InputError: no batch at all; parameters on devices of several processes.
     """
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(params)):
+        raise InputError(
+            "params: lie on devices of several processes; calibrate from host memory (`models.load(folder, on_host=True)`)"
+        )
     outer, empty = outer_params(params), True
     for batch in batches:
         empty = False
@@ -102,7 +106,7 @@ def embed(model: Any, params: Params, batches: Iterable[Batch]) -> Iterator[Hidd
 
 
 def _in_float32(a: Any) -> np.ndarray:
-    return np.asarray(on_host(a), np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else None)
+    return np.asarray(a, np.float32 if jnp.issubdtype(a.dtype, jnp.floating) else None)
 
 
 @partial(jax.jit, static_argnums=0)  # compiled once, however often a calibration set is read

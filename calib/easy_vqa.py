@@ -4,10 +4,11 @@ An example is an image with all its questions. ``validation`` is the last tenth 
 there, report on ``test``.
 """
 
+import fcntl
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from splitq_jax.errors import InputError
 
+LOCK = ".easy_vqa.lock"
 SPLITS = {"train": 3600, "validation": 400, "test": 1000}  # images; the package's 4,000 training images are shared by the first two
 
 
@@ -97,9 +99,13 @@ def checked_png(path: Path) -> Image.Image:
 
 def build(data_dir: str | Path) -> Any:
     """Write the array_record files (once) under ``data_dir`` and return the builder."""
-    builder = _builder_class()(data_dir=str(data_dir), file_format="array_record")
-    builder.download_and_prepare()
-    return builder
+    make = partial(_builder_class(), data_dir=str(data_dir), file_format="array_record")
+    if not Path(make().data_dir).exists():
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with (Path(data_dir) / LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two that build at once one would fail
+            make().download_and_prepare()
+    return make()
 
 
 class EasyVqa:

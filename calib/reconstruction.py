@@ -35,10 +35,11 @@ from splitq_jax.calib.blocks import (
     place,
     sharded,
 )
-from splitq_jax.calib.run import Run
+from splitq_jax.calib.run import Run, fingerprint
 from splitq_jax.errors import InputError
 from splitq_jax.numerics import in_float32
 from splitq_jax.output import counter
+from splitq_jax.processes import check_alike
 from splitq_jax.quantization import kernels, replace_kernels
 from splitq_jax.sharding import on_host
 from splitq_jax.site import TrainableSplit, learnable, round_weights, with_learnable
@@ -125,9 +126,13 @@ def fit(
       The trained tree and the blocks' errors, none where none are measured.
 
     Raises:
-      InputError: an empty set; batches of different lengths; an error that is not finite; a mesh without the axis ``data``.
+      InputError: an empty set; batches of different lengths; an error that is not finite; a mesh without the axis ``data``;
+        parameters on devices of several processes (`jax.distributed`), or processes with other samples, channels or settings.
     """
-    mesh = checked(mesh)
+    mesh, batches = checked(mesh), list(batches)
+    # the weights may differ in the last bit between unlike hosts; channels and what is counted may not
+    counted = [leaf for leaf in jax.tree.leaves(prepared) if not jnp.issubdtype(leaf.dtype, jnp.floating)]
+    check_alike("calibration samples, channels or settings", lambda: fingerprint(batches, counted, config))
     data = merge(list(embed(model, params, batches)))
     samples, orders = data.x.shape[0], _orders(data.x.shape[0], config)
     used, places = np.unique(orders, return_inverse=True)  # few steps do not reach all samples: the rest need not pass the blocks

@@ -33,10 +33,12 @@ from splitq_jax.calib.blocks import (
     place,
     sharded,
 )
+from splitq_jax.calib.run import fingerprint
 from splitq_jax.errors import InputError
 from splitq_jax.mocd import FIRST, RANK_BINS, TEXT, VISION, SiteStats, SplitSize, rank_histogram, token_ranks, top
 from splitq_jax.numerics import in_float32
 from splitq_jax.output import counter
+from splitq_jax.processes import check_alike
 from splitq_jax.sharding import on_host
 
 DEFAULT_SPLIT = SplitSize()
@@ -69,13 +71,15 @@ def collect(
       progress: a rich progress bar to add a task to.
 
     Raises:
-      InputError: an empty set, one modality only, values that are not finite, a mesh without the axis ``data``.
+      InputError: an empty set, one modality only, values that are not finite, a mesh without the axis ``data``; parameters on devices of
+        several processes (`jax.distributed`), or processes with other samples.
 
     Returns:
       Statistics by the path of the site, such as ``decoder/blocks_0/qkv``.
     """
     mesh = checked(mesh)
     batches = list(batches)
+    check_alike("calibration samples", lambda: fingerprint(batches))
     hiddens = list(embed(model, params, batches))
     check_modalities(hiddens)
     stats = _vision_stats(model, params, batches, gram) if vision_tower else {}
@@ -89,9 +93,10 @@ def collect(
         outs = []
         for hidden in hiddens:
             padded = pad_rows(hidden, mesh.size)
-            y, part = first_pass(p, place(mesh, padded.x), place(mesh, padded.context))
+            y, part, grams = first_pass(p, place(mesh, padded.x), place(mesh, padded.context))
             outs.append(Hidden(on_host(y)[: hidden.x.shape[0]], hidden.context))
             part = {n: _over_samples(v, hidden.x.shape[0]) for n, v in part.items()}
+            part = {n: s | ({"gram": np.asarray(grams[n], np.float64)} if gram else {}) for n, s in part.items()}
             sums = part if not sums else {name: _add(sums[name], part[name]) for name in part}
         for name, s in sums.items():
             finite(f"{block_name(i)}/{name}", s["abs_sum"], "activations")  # XLA's maxima of many leave NaN out on CPU
@@ -141,8 +146,8 @@ def text_positions(hidden: Hidden, skip_first: bool, most: int) -> dict[str, np.
 
 
 def _over_samples(part: dict[str, Array], samples: int) -> dict[str, np.ndarray]:
-    """Gather one site's statistics, one row a sample (``gram``: a device), the padding left out."""
-    rows = {k: on_host(v) if k == "gram" else on_host(v)[:samples] for k, v in part.items()}
+    """Gather one site's statistics, one row a sample, the padding left out."""
+    rows = {k: on_host(v)[:samples] for k, v in part.items()}
     return {k: v.max(axis=0) if k == "absmax" else v.sum(axis=0, dtype=np.float64) for k, v in rows.items()}
 
 
@@ -156,7 +161,7 @@ def _passes(block: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, 
         y, state = block.apply({"params": p}, x[None], jax.tree.map(lambda a: a[None], context), mutable=["inputs"])
         return y[0], {name: entry["kernel"][0][0] for name, entry in state["inputs"].items()}
 
-    def first(p: Params, xs: Array, contexts: Any) -> tuple[Array, dict[str, dict[str, Array]]]:
+    def first(p: Params, xs: Array, contexts: Any) -> tuple[Array, dict[str, dict[str, Array]], dict[str, Array]]:
         def one(grams: dict[str, Array], sample: tuple[Array, Any]) -> tuple[dict[str, Array], Any]:
             x, context = sample
             y, sites = inputs(p, x, context)
@@ -170,7 +175,7 @@ def _passes(block: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, 
         shapes = jax.eval_shape(lambda: inputs(p, xs[0], jax.tree.map(lambda a: a[0], contexts))[1])
         start = {n: jnp.zeros((s.shape[-1],) * 2) for n, s in shapes.items()} if gram else {}
         grams, (y, sums) = jax.lax.scan(one, start, (xs, contexts))
-        return y, {n: s | ({"gram": grams[n][None]} if gram else {}) for n, s in sums.items()}
+        return y, sums, jax.lax.psum(grams, "data")
 
     def second(p: Params, xs: Array, contexts: Any, where: Any, main: dict[str, Array]) -> dict[str, Array]:
         def one(totals: dict[str, Array], sample: tuple[Array, Any, Any]) -> tuple[dict[str, Array], None]:
@@ -185,7 +190,7 @@ def _passes(block: Any, mesh: Mesh, skip_first: bool, gram: bool) -> tuple[Any, 
 
     rows = P("data")
     return (
-        sharded(first, mesh, (P(), rows, rows), (rows, rows)),
+        sharded(first, mesh, (P(), rows, rows), (rows, rows, P())),
         sharded(second, mesh, (P(), rows, rows, rows, P()), P()),
     )
 

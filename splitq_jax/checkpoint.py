@@ -68,6 +68,10 @@ def save(
     Raises:
       InputError: the folder exists; the disk is too full; a leaf, key or static field of a type that is not restored.
     """
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise InputError(
+            f"{path}: {jax.process_count()} processes; call jax.distributed.initialize() first, so that one of them writes"
+        )
     target = Path(path).resolve()
     by_first(partial(_check_target, target, overwrite))
     arrays: dict[str, Any] = {}
@@ -90,6 +94,16 @@ def save(
 
 
 def _write(target: Path, arrays: dict[str, Any], manifest: dict[str, Any], progress: Progress | None) -> None:
+    try:
+        _write_parts(target, arrays, manifest, progress)
+    except Exception:
+        for name, leaf in arrays.items():
+            if name not in manifest["leaves"]:
+                _gathered(leaf)  # where the other processes wait
+        raise
+
+
+def _write_parts(target: Path, arrays: dict[str, Any], manifest: dict[str, Any], progress: Progress | None) -> None:
     with drafted(target) as draft:
         needed, free = sum(v.nbytes for v in arrays.values()) + SPARE, shutil.disk_usage(draft).free
         if free < needed:

@@ -68,6 +68,7 @@ def output_folder(out: Path, overwrite: bool, *inputs: Path | None) -> Iterator[
             yield draft
     else:
         yield out
+    by_first(lambda: None)  # nobody goes on before the folder is there
 
 
 def _check(out: Path, overwrite: bool, inputs: Iterable[Path | None]) -> None:

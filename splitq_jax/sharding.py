@@ -209,7 +209,7 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(array, np.ndarray):
         return array
     if not array.is_fully_addressable and array.is_fully_replicated:
-        return np.asarray(array)
+        array = array.addressable_data(0)
     if not array.is_fully_addressable:
         from jax.experimental.multihost_utils import process_allgather
 

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,19 +17,19 @@ from splitq_jax import models
 from splitq_jax.cli import main
 from splitq_jax.processes import by_first, is_first
 
-JOINED = """
+SHARE_A_MESH = """
 import sys
 import jax
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 2, int(sys.argv[1]))
-"""
-SHARE_A_MESH = """
+jax.distributed.initialize()
 import numpy as np
 import splitq_jax as sq
 from jax.sharding import AxisType
-from splitq_jax import models, processes, sharding
+from functools import partial
+from pathlib import Path
+from splitq_jax import calib, models, processes, sharding
 from splitq_jax.calib.run import Run
 
-home = sys.argv[3]
+home = sys.argv[1]
 mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 model, params = models.load(f"{home}/model", mesh=mesh)
 kernel = params["decoder"]["blocks_0"]["o"]["kernel"]
@@ -50,6 +49,11 @@ def refused(do):
         return str(error)
 
 
+def fail_in(process):
+    if jax.process_index() == process:
+        raise sq.InputError("one fails")
+
+
 # what one must not do, both are told
 assert "exists" in refused(lambda: sq.save(f"{home}/saved", params))
 run = Run(f"{home}/run", "first")
@@ -61,25 +65,36 @@ np.testing.assert_array_equal(found["a"], np.arange(8.0))
 run.close()
 assert "of another run" in refused(lambda: Run(f"{home}/run", "second"))
 assert processes.by_first(jax.process_index) == 0
+assert len(processes.by_first(lambda: bytes(100_000))) == 100_000
+own = jax.process_index()
+assert "process 1 of 2: one fails" in str(refused(lambda: processes.together(partial(fail_in, 1)))) or own == 1
+assert "process 1 has others" in refused(lambda: processes.check_alike("files", lambda: str(own)))
+processes.check_alike("files", lambda: "same")
+(Path(home) / "file").touch()
+assert refused(lambda: sq.save(f"{home}/file/below", params))  # cannot be made; the other one has its part to give all the same
+assert "on_host=True" in refused(lambda: calib.collect(model, params, [{}]))
 print("done")
 """
-COMMANDS = """
-from splitq_jax.cli import main
-
-sys.exit(main(sys.argv[3:]))
-"""
 
 
-def start(program: str, *arguments: Any, devices: int) -> list[str]:
-    """Run a program in two processes; returns what each printed."""
+def start(*command: str | Path, devices: int) -> list[str]:
+    """Run a command in two processes, as Open MPI starts them; returns what each printed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
+    cluster = {
+        "OMPI_MCA_orte_hnp_uri": f"1.0;tcp://127.0.0.1:{port}",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    }
+    flags = {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
     both = [
         subprocess.Popen(
-            [sys.executable, "-c", JOINED + program, str(i), str(port), *map(str, arguments)],
-            env=environment,
+            [str(part) for part in command],
+            env=os.environ | cluster | flags | {"OMPI_COMM_WORLD_RANK": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -99,7 +114,7 @@ def start(program: str, *arguments: Any, devices: int) -> list[str]:
 def test_two_processes_share_a_mesh(tmp_path: Path) -> None:
     models.export(tmp_path / "model", CONFIG, model_and_params()[1], {})
     sq.save(tmp_path / "saved", models.load(tmp_path / "model")[1])
-    assert all("done" in said for said in start(SHARE_A_MESH, tmp_path, devices=4))
+    assert all("done" in said for said in start(sys.executable, "-c", SHARE_A_MESH, tmp_path, devices=4))
 
 
 @pytest.mark.slow
@@ -107,8 +122,9 @@ def test_two_processes_quantize(tmp_path: Path) -> None:
     """They find what one finds: the same codes, and scales, transforms and gates but for the order of a sum."""
     home = make(tmp_path)
     flags = ["--data", home / "set.jsonl", "--samples", 4, "--split-rate", 0.06, "--split-align", 2, "--steps", 2]
-    command = ["quantize", home / "model", *flags, "--sites", "decoder/blocks_*/o", "decoder/blocks_*/down"]
-    first, other = start(COMMANDS, *command, "--out", home / "two", "--distributed", devices=2)
+    command = ["quantize", home / "model", *map(str, flags), "--sites", "decoder/blocks_*/o", "decoder/blocks_*/down"]
+    splitq = [sys.executable, "-m", "splitq_jax.cli"]
+    first, other = start(*splitq, *command, "--out", home / "two", "--distributed", devices=2)
     assert "Wrote" in first and "Wrote" not in other and not (home / "two.run").exists()
     assert main([str(a) for a in (*command, "--out", home / "one")]) == 0
     (one, made_alone), (two, made_together) = (sq.restore(home / name / "params") for name in ("one", "two"))

@@ -12,10 +12,12 @@ from splitq_jax import calib
 from splitq_jax.calib.run import fingerprint
 from splitq_jax.commands.common import add_calibration, add_model, add_output, is_quantized, join, output_of
 from splitq_jax.errors import InputError
+from splitq_jax.eval.easy_vqa import Batch
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import Setup, by_key, keep_freed_memory, source
+from splitq_jax.processes import check_alike, together
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,21 +35,29 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Collect and write statistics."""
     join(options)
-    console, setup = make_console(), float_setup(options)
+    console = make_console()
     with output_of(options) as folder, progress_bar(console) as bar:
-        batches = setup.calibration(options.samples, options.seed)
+        setup = float_setup(options)
+        batches, made_of = drawn(setup, options)
         stats = collect(setup, options, batches, options.gram, options.vision_tower, bar)
-        sq.save(folder / PARAMS, by_key(stats), extra=provenance(setup, options))
+        sq.save(folder / PARAMS, by_key(stats), extra=made_of)
     console.print(f"Wrote {options.out}: statistics of {len(stats)} sites from {options.samples} samples")
 
 
 def float_setup(options: argparse.Namespace) -> Setup:
     """Open the model, in host memory, and the data; a quantized model is refused."""
     keep_freed_memory()
-    setup = Setup.open(options.model, source(options.data, options.data_dir), options.follow_links, on_host=True)
+    setup = together(lambda: Setup.open(options.model, source(options.data, options.data_dir), options.follow_links, on_host=True))
     if is_quantized(setup.params):
         raise InputError(f"{options.model}: is quantized already; give the float model")
     return setup
+
+
+def drawn(setup: Setup, options: argparse.Namespace) -> tuple[list[Batch], dict[str, Any]]:
+    """Draw the calibration set, and say what statistics depend on, which is the same in all processes."""
+    batches, made_of = together(lambda: (setup.calibration(options.samples, options.seed), provenance(setup, options)))
+    check_alike("weights or data", lambda: repr(made_of))
+    return batches, made_of
 
 
 def collect(

@@ -11,7 +11,7 @@ import splitq_jax as sq
 from splitq_jax import calib, models, quantization, recipe, summary
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
 from splitq_jax.calib.run import discard
-from splitq_jax.commands.calibrate import collect, float_setup, provenance
+from splitq_jax.commands.calibrate import collect, drawn, float_setup
 from splitq_jax.commands.common import add_calibration, add_model, add_output, answer_to, join, layer_table, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.flags import add_fields, given
@@ -19,7 +19,7 @@ from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import CHANNELS, by_key, by_path, quantized, run_folder
-from splitq_jax.processes import by_first
+from splitq_jax.processes import by_first, check_alike, together
 
 RECIPE_FLAGS = (
     *("select", "clusters", "group_size", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
@@ -54,16 +54,17 @@ def run(options: argparse.Namespace) -> None:
     size = SplitSize(options.split_rate, options.split_align)
     chosen = recipe.named(options.method, options.scheme).replace(split=size, **given(options, recipe.Recipe))
     config = FitConfig(**(vars(EFFORTS[options.effort]) | given(options, FitConfig)))
-    setup = float_setup(options)
-    _print_plan(console, quantization.match(setup.params, chosen))
     runs = options.run_folder or run_folder(options.out)
     with output_of(options) as folder:
-        batches, made_of = setup.calibration(options.samples, options.seed), provenance(setup, options)
+        check_alike("recipe and training", lambda: repr((chosen, config)))
+        setup = float_setup(options)
+        _print_plan(console, quantization.match(setup.params, chosen))
+        batches, made_of = drawn(setup, options)
         with progress_bar(console) as bar:
             if options.stats is None:
                 stats = collect(setup, options, batches, chosen.rounding == "gptq", chosen.vision != "float", bar)
             else:
-                stats = _restore_stats(options.stats, made_of)
+                stats = together(lambda: _restore_stats(options.stats, made_of))
             done = quantized(setup, stats, chosen, config, batches, run_folder=runs, mesh=calib.data_mesh(), progress=bar)
         errors = calib.site_errors(setup.model, setup.params, done.params, batches)
         facts = {"site_errors": errors, "block_errors": [vars(e) for e in done.errors], "training": config, "seconds": done.seconds}
