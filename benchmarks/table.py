@@ -120,9 +120,10 @@ def tables() -> dict[str, str]:
     gptq = [(s.upper(), rounded(light, True), s) for s in SCHEMES]
     more = [(f"{s.upper()}, 480 steps", rounded(full, True), s) for s in SCHEMES]
     more += [(f"{s.upper()}, 30 blocks", rounded(large, True), s) for s in SCHEMES]
+    alone = NAMES | {"rtn": "GPTQ alone"}
     return {
-        "gptq": compared(gptq).replace("| RTN |", "| GPTQ alone |"),
-        "more": compared(more),
+        "gptq": compared(gptq, names=alone),
+        "more": compared(more, names=alone),
         "nearest": compared([(s.upper(), rounded(light, False), s) for s in SCHEMES], bits_of="w4a4"),
         "further": compared([(f"{title}, {s.upper()}", rows, s) for title, rows in further for s in SCHEMES]),
         "weights": compared([(s.upper(), light, s) for s in ("w4a16", "w3a16", "w2a16")], bits_of="w3a16", names=WEIGHTS),
