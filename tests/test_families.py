@@ -156,7 +156,7 @@ def test_questions_behind_one_image_are_those_of_rows_alone(family: tuple[str, S
     kind, setup = family
     model, params, processor = setup.model, setup.params, setup.processor
     records = Shared(setup.data).records("")
-    batches = setup.batches(records, 4, None)
+    batches = setup.batches(records, 4)
     assert all(b["segments"].max() == 2 for b in batches) and [len(b["input_ids"]) for b in batches] == [4, 4]
     result = evaluation.evaluate(model, params, batches)
     assert result.question.tolist() == list(range(len(records)))
