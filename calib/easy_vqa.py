@@ -100,12 +100,14 @@ def checked_png(path: Path) -> Image.Image:
 def build(data_dir: str | Path) -> Any:
     """Write the array_record files (once) under ``data_dir`` and return the builder."""
     make = partial(_builder_class(), data_dir=str(data_dir), file_format="array_record")
-    if not Path(make().data_dir).exists():
+    builder = make()
+    if not Path(builder.data_dir).exists():
         Path(data_dir).mkdir(parents=True, exist_ok=True)
         with (Path(data_dir) / LOCK).open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of two that build at once one would fail
-            make().download_and_prepare()
-    return make()
+            builder = make()  # anew: the other one may have built it meanwhile
+            builder.download_and_prepare()
+    return builder
 
 
 class EasyVqa:

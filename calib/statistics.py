@@ -96,7 +96,8 @@ def collect(
             y, part, grams = first_pass(p, place(mesh, padded.x), place(mesh, padded.context))
             outs.append(Hidden(on_host(y)[: hidden.x.shape[0]], hidden.context))
             part = {n: _over_samples(v, hidden.x.shape[0]) for n, v in part.items()}
-            part = {n: s | ({"gram": np.asarray(grams[n], np.float64)} if gram else {}) for n, s in part.items()}
+            for n, g in grams.items():  # none, or one a site
+                part[n]["gram"] = np.asarray(g, np.float64)
             sums = part if not sums else {name: _add(sums[name], part[name]) for name in part}
         for name, s in sums.items():
             finite(f"{block_name(i)}/{name}", s["abs_sum"], "activations")  # XLA's maxima of many leave NaN out on CPU

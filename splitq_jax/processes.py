@@ -26,9 +26,8 @@ def join() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # it would take SIGTERM from the handler that removes what is half written
+    # the service would take SIGTERM from the handler that removes what is half written
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize()
     except (ValueError, RuntimeError) as error:
@@ -77,11 +76,11 @@ def together(do: Callable[[], _T]) -> _T:
     try:
         value = do()
     except Exception as error:
-        _told(f"x{error}".encode())
+        _told(f"x{error}")
         raise
-    for i, said in enumerate(_told(b"")):
+    for i, said in enumerate(_told("")):
         if said:
-            raise InputError(f"process {i} of {jax.process_count()}: {said[1:].decode(errors='replace')}")
+            raise InputError(f"process {i} of {jax.process_count()}: {said[1:]}")
     return value
 
 
@@ -92,20 +91,19 @@ def check_alike(what: str, value: Callable[[], str]) -> None:
       InputError: a process has another value than the first.
     """
     if jax.distributed.is_initialized():
-        first, *others = _told(hashlib.sha256(value().encode()).digest())
+        first, *others = _told(hashlib.sha256(value().encode()).hexdigest())
         for i, found in enumerate(others, 1):
             if found != first:
                 raise InputError(f"{what}: process {i} has others than the first; give all processes the same files and flags")
 
 
-def _told(content: bytes) -> list[bytes]:
-    """Return the first bytes of what each process says."""
+def _told(text: str) -> list[str]:
+    """Return what each process says, the start of it."""
     from jax.experimental.multihost_utils import process_allgather
 
-    length = min(len(content), SAID)
-    padded = np.frombuffer(content[:length].ljust(SAID, b"\0"), np.uint8)
-    said, lengths = np.asarray(process_allgather(padded)), np.asarray(process_allgather(np.int32(length)))
-    return [row[:end].astype(np.uint8).tobytes() for row, end in zip(said, lengths, strict=True)]
+    padded = np.frombuffer(text.encode()[:SAID].ljust(SAID, b"\0"), np.uint8)
+    said = np.asarray(process_allgather(padded)).astype(np.uint8)
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in said]
 
 
 def _sent(content: bytes | None) -> bytes:

@@ -136,12 +136,10 @@ def mesh_of_sizes(text: str) -> Mesh:
         if name not in AXES or name in sizes or not (size.isascii() and size.isdigit() and int(size)):
             raise InputError(f"mesh {text!r}: {part!r}; expected each axis once, of {', '.join(AXES)}, with its size, as tensor=8")
         sizes[name] = int(size)
-    devices = jax.devices()
-    if math.prod(sizes.values()) > len(devices):
-        raise InputError(f"mesh {text!r}: {math.prod(sizes.values())} devices; there are {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices[: math.prod(sizes.values())]
-    )
+    devices, count = jax.devices(), math.prod(sizes.values())
+    if count > len(devices):
+        raise InputError(f"mesh {text!r}: {count} devices; there are {len(devices)}")
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices[:count])
 
 
 def _automatic(mesh: Mesh) -> Mesh:
@@ -192,12 +190,7 @@ def spread(tree: Any, to: NamedSharding) -> Any:
     """Put arrays on the devices of a mesh; with several processes each gives its devices their parts of what all of them hold."""
     if to.is_fully_addressable:
         return jax.device_put(tree, to)
-
-    def one(array: jax.Array | np.ndarray) -> jax.Array:
-        value = on_host(array)
-        return jax.make_array_from_callback(value.shape, to, lambda index: value[index])
-
-    return jax.tree.map(one, tree)
+    return jax.tree.map(lambda array: place(on_host(array), to), tree)
 
 
 def on_host(array: jax.Array | np.ndarray) -> np.ndarray:

@@ -10,14 +10,14 @@ from rich.progress import Progress
 import splitq_jax as sq
 from splitq_jax import calib
 from splitq_jax.calib.run import fingerprint
-from splitq_jax.commands.common import add_calibration, add_model, add_output, is_quantized, join, output_of
+from splitq_jax.commands.common import add_calibration, add_model, add_output, is_quantized, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.eval.easy_vqa import Batch
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import Setup, by_key, keep_freed_memory, source
-from splitq_jax.processes import check_alike, together
+from splitq_jax.processes import check_alike, join, together
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Collect and write statistics."""
-    join(options)
+    if options.distributed:
+        join()
     console = make_console()
     with output_of(options) as folder, progress_bar(console) as bar:
         setup = float_setup(options)

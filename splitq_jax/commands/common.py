@@ -9,7 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 from rich.table import Table
 
-from splitq_jax import models, processes, quantization, summary
+from splitq_jax import models, quantization, summary
 from splitq_jax.linear import SplitWeight
 from splitq_jax.output import output_folder
 from splitq_jax.sharding import mesh_of_sizes
@@ -84,12 +84,6 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="share the samples with other processes, one a host, as on a TPU pod; all read the same files, the first writes",
     )
-
-
-def join(options: argparse.Namespace) -> None:
-    """Find the other processes, where ``--distributed`` says that there are some."""
-    if options.distributed:
-        processes.join()
 
 
 def is_quantized(params: Any) -> bool:

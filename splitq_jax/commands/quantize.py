@@ -12,14 +12,14 @@ from splitq_jax import calib, models, quantization, recipe, summary
 from splitq_jax.calib.reconstruction import EFFORTS, FitConfig
 from splitq_jax.calib.run import discard
 from splitq_jax.commands.calibrate import collect, drawn, float_setup
-from splitq_jax.commands.common import add_calibration, add_model, add_output, answer_to, join, layer_table, output_of
+from splitq_jax.commands.common import add_calibration, add_model, add_output, answer_to, layer_table, output_of
 from splitq_jax.errors import InputError
 from splitq_jax.flags import add_fields, given
 from splitq_jax.mocd import SiteStats, SplitSize
 from splitq_jax.models.convert import PARAMS
 from splitq_jax.output import make_console, progress_bar
 from splitq_jax.pipeline import CHANNELS, by_key, by_path, quantized, run_folder
-from splitq_jax.processes import by_first, check_alike, together
+from splitq_jax.processes import by_first, check_alike, join, together
 
 RECIPE_FLAGS = (
     *("select", "clusters", "group_size", "side_bits", "transform", "clip", "lwc_start", "cws", "mac"),
@@ -49,7 +49,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Quantize and write a model."""
-    join(options)
+    if options.distributed:
+        join()
     console = make_console()
     size = SplitSize(options.split_rate, options.split_align)
     chosen = recipe.named(options.method, options.scheme).replace(split=size, **given(options, recipe.Recipe))
