@@ -20,6 +20,8 @@ import scipy.linalg
 from flax import struct
 from jaxtyping import Array, Float
 
+from splitq_jax.numerics import through_host
+
 Branch = Literal["gated", "fixed", "free", "off"]
 BRANCHES: tuple[str, ...] = get_args(Branch)
 BranchName = Literal["cws", "mac"]
@@ -98,13 +100,9 @@ def svd_factors(
 
 def _leading(w: Float[Array, "K N"], rank: int) -> tuple[Float[Array, "K r"], Float[Array, "r N"]]:
     # LAPACK through numpy: XLA's CPU decomposition takes seconds a layer
-    if not isinstance(w, jax.core.Tracer):
-        # not by a callback: on a machine of one core it waits for an array that the core it occupies would have to copy
-        u, v = _svd(np.asarray(w), rank)
-        return jnp.asarray(u), jnp.asarray(v)
     shapes = (jax.ShapeDtypeStruct((w.shape[0], rank), jnp.float32), jax.ShapeDtypeStruct((rank, w.shape[1]), jnp.float32))
-    traced: tuple[Array, Array] = jax.pure_callback(_on_host(rank), shapes, w, vmap_method="sequential")
-    return traced
+    found: tuple[Array, Array] = through_host(_on_host(rank), shapes, w)
+    return found
 
 
 @cache  # JAX compiles a call for each function that it has not seen

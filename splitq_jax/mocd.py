@@ -163,7 +163,22 @@ def select(stats: SiteStats, selector: Selector, clusters: int = 3, seed: int = 
         score = scores[selector]
         vision = top(score, k)
     in_vision = jnp.zeros(width, bool).at[vision].set(True)
-    text = top(jnp.where(in_vision, -jnp.inf, score), k)
-    side = in_vision.at[text].set(True)
-    main = jnp.argsort(side, stable=True)[: width - 2 * k]
-    return jnp.concatenate([main, text, vision]).astype(jnp.int32), k, k
+    return partition(width, top(jnp.where(in_vision, -jnp.inf, score), k), vision), k, k
+
+
+def partition(width: int, text: Int[Array, " K"], vision: Int[Array, " L"]) -> Int[Array, " D"]:
+    """Return ``[C_m | C_t | C_v]``, the rest of ``width`` channels first, each set ascending."""
+    side = jnp.concatenate([jnp.sort(text), jnp.sort(vision)])
+    main = jnp.argsort(jnp.zeros(width, bool).at[side].set(True), stable=True)[: width - side.shape[0]]
+    return jnp.concatenate([main, side]).astype(jnp.int32)
+
+
+def check_channels(path: str, width: int, text: Array, vision: Array) -> None:
+    """Raise `InputError` unless two sets of channels that were chosen by hand are disjoint parts of a site's, neither empty, nor all."""
+    both = np.concatenate([np.ravel(text), np.ravel(vision)])
+    if not (np.ndim(text) == np.ndim(vision) == 1 and min(np.size(text), np.size(vision)) > 0 and both.dtype.kind in "iu"):
+        raise InputError(f"{path}: channels {text!r} and {vision!r}; expected two lists of channel numbers, at least one in each")
+    if both.min() < 0 or both.max() >= width or len(set(both.tolist())) < both.size or both.size >= width:
+        raise InputError(
+            f"{path}: channels {np.sort(both).tolist()}; expected different ones of 0 to {width - 1}, and not all of them"
+        )

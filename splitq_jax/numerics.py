@@ -36,6 +36,20 @@ def in_float32(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return run
 
 
+def through_host(function: Callable[..., Any], shapes: Any, *args: Array) -> Any:
+    """Run a function of numpy's world: at once where its arguments are there, by a callback where they are traced.
+
+    Args:
+      function: takes the arrays, returns numpy arrays; JAX compiles a call for each function that it has not seen.
+      shapes: of the results, as `jax.pure_callback` has them.
+      args: arrays.
+    """
+    if any(isinstance(a, jax.core.Tracer) for a in args):
+        return jax.pure_callback(function, shapes, *args, vmap_method="sequential")
+    # not by a callback: on a machine of one core it waits for an array that the core it occupies would have to copy
+    return jax.tree.map(jnp.asarray, function(*args))
+
+
 def check_bits(bits: int, supported: tuple[int, ...], what: str) -> None:
     """Raise `InputError` unless ``bits`` is one of ``supported``."""
     if bits not in supported:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from splitq_jax import acc, mocd, transforms
 from splitq_jax.errors import InputError
@@ -27,6 +27,7 @@ from splitq_jax.site import LearnedGroup, TrainableSplit, clip_factors, split, u
 from splitq_jax.transforms import Transform, apply
 
 Params = dict[str, Any]
+Channels = Mapping[str, tuple[Int[Array, " K"], Int[Array, " L"]]]  # by site: C_t and C_v
 
 
 def kernels(params: Params, prefix: str = "") -> dict[str, Any]:
@@ -84,7 +85,7 @@ def replace_kernels(params: Params, leaves: Mapping[str, Any]) -> Params:
 
 
 @in_float32
-def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
+def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe, channels: Channels | None = None) -> Params:
     """Turn the matched kernels into `TrainableSplit` leaves, partitioned and at the start of training.
 
     What comes from host memory (numpy arrays, `models.load`'s ``on_host``) stays there, here and in `freeze`: a device then holds one site at
@@ -94,21 +95,26 @@ def prepare(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> P
       params: a float parameter tree.
       stats: `calib.collect`'s statistics, per site; not needed by recipes that neither split nor smooth nor round by GPTQ.
       recipe: what to do.
+      channels: for the sites that it names, the text and the vision channels to split off, in place of the recipe's choice.
 
     Raises:
-      InputError: statistics or Gram matrices that the recipe needs are missing; a rank above ``min(D_m, N)``.
+      InputError: statistics or Gram matrices that the recipe needs are missing; a rank above ``min(D_m, N)``; ``channels`` of layers that are
+        not quantized, or that are no disjoint parts of their site's.
     """
-    leaves, found = {}, kernels(params)
-    for path, part in match(params, recipe).items():
+    channels = channels or {}
+    leaves, found, matched = {}, kernels(params), match(params, recipe)
+    if unknown := channels.keys() - matched.keys():
+        raise InputError(f"channels of {min(unknown)}: the recipe quantizes no such layer; it does {next(iter(matched))}, …")
+    for path, part in matched.items():
         w, columns = found[path], layer_columns(params, path)
         if not hasattr(w, "dtype"):
             raise InputError(f"{path}: a {type(w).__name__}; prepare takes the float tree")
-        needs_stats = part.select != "none" or part.has_diagonal or part.rounding == "gptq"
+        needs_stats = (part.select != "none" and path not in channels) or part.has_diagonal or part.rounding == "gptq"
         if needs_stats and path not in stats:
             tower = ", with the vision tower's (vision_tower=True, --vision-tower)" if path.startswith("vision/") else ""
             raise InputError(f"{path}: no calibration statistics; collect them from this model{tower}")
         seed = zlib.crc32(f"{recipe.seed}/{path}".encode())
-        leaves[path] = _where(w, prepare_site(w, stats.get(path), part, seed, columns, path))
+        leaves[path] = _where(w, prepare_site(w, stats.get(path), part, seed, columns, path, channels.get(path)))
     return replace_kernels(params, leaves)
 
 
@@ -131,7 +137,13 @@ def layer_columns(params: Params, path: str) -> tuple[int, ...]:
 
 
 def prepare_site(
-    w: Float[Array, "D N"], stats: SiteStats | None, recipe: Recipe, seed: int, columns: tuple[int, ...], path: str
+    w: Float[Array, "D N"],
+    stats: SiteStats | None,
+    recipe: Recipe,
+    seed: int,
+    columns: tuple[int, ...],
+    path: str,
+    channels: tuple[Array, Array] | None = None,
 ) -> TrainableSplit:
     """Partition one site and set its learnable parts to their start (see `Recipe`).
 
@@ -141,7 +153,13 @@ def prepare_site(
     """
     w = w.astype(jnp.float32)
     width = w.shape[0]
-    if stats is None or recipe.select == "none":
+    if channels is not None:
+        text, vision = channels
+        if not any(isinstance(chosen, jax.core.Tracer) for chosen in channels):
+            mocd.check_channels(path, width, text, vision)
+        k_text, k_vision = len(text), len(vision)
+        perm = mocd.partition(width, jnp.asarray(text), jnp.asarray(vision))
+    elif stats is None or recipe.select == "none":
         perm, k_text, k_vision = jnp.arange(width, dtype=jnp.int32), 0, 0
     else:
         expected = recipe.split.channels(width)
@@ -302,13 +320,14 @@ def transformed(site: TrainableSplit, x: Float[Array, "M D"]) -> Float[Array, "M
     return jnp.concatenate([apply(g.transform, part) for g, part in zip(site.groups, parts, strict=True)], axis=1)
 
 
-def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> Params:
-    """Quantize without training: ``freeze(prepare(params, stats, recipe), recipe)``. Pure: it jits and runs under `jax.eval_shape`.
+def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe, channels: Channels | None = None) -> Params:
+    """Quantize without training: ``freeze`` after ``prepare``. Pure: it jits and runs under `jax.eval_shape`.
 
     Args:
       params: a float parameter tree.
       stats: `prepare`'s.
       recipe: what to do.
+      channels: `prepare`'s.
 
     Returns:
       The tree with `SplitWeight` leaves in the place of the matched kernels.
@@ -316,4 +335,4 @@ def quantize(params: Params, stats: Mapping[str, SiteStats], recipe: Recipe) -> 
     Raises:
       InputError: what `prepare` refuses.
     """
-    return freeze(prepare(params, stats, recipe), recipe)
+    return freeze(prepare(params, stats, recipe, channels), recipe)

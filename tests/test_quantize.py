@@ -347,6 +347,50 @@ def test_quantize_is_pure_and_runs_under_eval_shape(params, stats):
     assert relative_error(apply(jitted, planted_tokens()), apply(real, planted_tokens())) < 1e-4
 
 
+def test_channels_may_be_chosen_by_hand(params, stats):
+    recipe, text, vision = recipes.splitq("w4a4").replace(split=SPLIT), np.array([50, 9, 7]), np.array([40, 3])
+    frozen = sq.quantize(params, stats, recipe, {PATH: (text, vision)})
+    leaf, x = kernels(frozen)[PATH], planted_tokens(1)
+    assert [g.w.rows for g in leaf.groups] == [D - 5, 3, 2]
+    assert leaf.perm[-5:].tolist() == [7, 9, 50, 3, 40]
+    assert leaf.perm[:-5].tolist() == [c for c in range(D) if c not in {7, 9, 50, 3, 40}]
+    exact = sq.quantize(params, stats, recipe.replace(scheme="w16a16"), {PATH: (text, vision)})
+    y = x @ kernels(params)[PATH]
+    np.testing.assert_allclose(apply(exact, x), y, atol=2e-5 * float(jnp.max(jnp.abs(y))))
+    # the recipe's own choice, given by hand, is the recipe's
+    perm, k, _ = mocd.select(stats[PATH], "mocd", 3)
+    chosen = jax.jit(lambda p, t, v: sq.quantize(p, stats, recipe, {PATH: (t, v)}))(params, perm[-2 * k : -k], perm[-k:])
+    assert kernels(chosen)[PATH].perm.tolist() == perm.tolist()
+    # no statistics of other channels' ranks are needed
+    assert kernels(prepare(params, {PATH: stats[PATH]}, recipes.flatquant("w4a4"), {PATH: (text, vision)}))[PATH].sizes == (
+        D - 5,
+        3,
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "vision", "message"),
+    [
+        ([3], [3], "different ones"),
+        ([3], [64], "0 to 63"),
+        ([-1], [3], "0 to 63"),
+        ([3], [], "at least one in each"),
+        ([0.5], [3], "channel numbers"),
+        ([[3]], [4], "two lists"),
+        (list(range(60)), [60, 61, 62, 63], "not all"),
+    ],
+)
+def test_channels_that_are_no_partition_are_refused(params, stats, text, vision, message):
+    with pytest.raises(InputError, match=f"{PATH}: channels .*{message}"):
+        prepare(params, stats, recipes.splitq("w4a4").replace(split=SPLIT), {PATH: (np.array(text), np.array(vision))})
+
+
+def test_channels_of_another_layer_are_refused(params, stats):
+    with pytest.raises(InputError, match=f"channels of o: .*{PATH}"):
+        prepare(params, stats, recipes.splitq("w4a4").replace(split=SPLIT), {"o": (np.array([1]), np.array([2]))})
+
+
 @pytest.mark.parametrize("given", [None, "default"])
 def test_weights_are_prepared_in_float32(params, stats, given):
     """On accelerators too, unless the user has said otherwise."""

@@ -2,8 +2,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from splitq_jax.errors import InputError
 from splitq_jax.qtensor import quantize_columns
-from splitq_jax.rounding import gptq
+from splitq_jax.rounding import error_spread, gptq
 
 D, N = 64, 96
 
@@ -40,3 +41,44 @@ def test_gptq_is_its_sequential_definition(sizes, group):
     got = gptq([jnp.asarray(p, jnp.float32) for p in parts], jnp.asarray(h, jnp.float32), bits, [None] * len(sizes), group=group)
     assert [q.bits for q in got] == bits
     assert (np.concatenate([q.codes() for q in got]) == codes).all()
+
+
+def few_dominate():
+    """Twenty directions with channels of very different sizes: the damping alone keeps the Hessian positive definite."""
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((2000, 20)) @ rng.standard_normal((20, 500)) * np.exp(2 * rng.standard_normal(500))
+    return np.float64(np.float32(x.T @ x))
+
+
+def test_errors_spread_as_in_float64():
+    h = few_dominate()
+    damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
+    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
+    got = np.asarray(error_spread(jnp.asarray(h, jnp.float32)))
+    assert (np.abs(got - expected) / np.diag(expected)[:, None]).max() < 1e-5
+
+
+def test_a_sum_of_squares_that_rounding_made_indefinite_is_damped_more():
+    h = few_dominate()
+    noise = np.random.default_rng(3).standard_normal(h.shape)
+    h += 0.05 * np.mean(np.diag(h)) / np.sqrt(2 * len(h)) * (noise + noise.T)  # eigenvalues down to -0.1 of the mean diagonal
+    h = np.float64(np.float32(h))
+    assert np.linalg.eigvalsh(h).min() < -0.02 * np.mean(np.diag(h))
+    got = np.asarray(error_spread(jnp.asarray(h, jnp.float32)))
+    assert np.isfinite(got).all()
+    damped = h + 0.1 * np.mean(np.diag(h)) * np.eye(len(h))
+    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
+    assert (np.abs(got - expected) / np.diag(expected)[:, None]).max() < 1e-4
+
+
+def test_a_hessian_that_is_not_finite_is_refused():
+    with pytest.raises(InputError, match="not finite"):
+        error_spread(jnp.full((3, 3), jnp.nan))
+
+
+def test_a_channel_that_is_always_zero_spreads_nothing():
+    h = few_dominate()
+    h[3], h[:, 3] = 0, 0
+    got = np.asarray(error_spread(jnp.asarray(h, jnp.float32)))
+    assert np.isfinite(got).all()
+    assert (np.delete(got[3], 3) == 0).all()
