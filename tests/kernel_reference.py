@@ -170,7 +170,7 @@ def site_of(seed, width, columns, bits, *, side=64, ranks=(48, 64), apart=False,
     groups = tuple(
         Group(
             transform_of(k),
-            jnp.array([clip, clip - 0.1], jnp.float32),
+            jnp.array([clip, clip - 0.1], jnp.float32) * (1 - 0.2 * i),
             codes_of(rng, k, columns, side_w if i else w_bits, wide, scales=1 if i else scales),
             side_a if i else a_bits,
         )

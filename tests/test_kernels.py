@@ -1,7 +1,9 @@
 """Every backend of every kernel against float64 numpy, which reads the packed words itself."""
 
 from dataclasses import replace
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -23,7 +25,7 @@ from kernel_reference import (
     tokens_of,
 )
 
-from splitq_jax.kernels import api, operands, tpu_quantizer
+from splitq_jax.kernels import api, operands, tiles, tpu, tpu_quantizer
 from splitq_jax.linear import linear
 from splitq_jax.packing import TILE_ROWS
 from splitq_jax.qtensor import quantize_columns
@@ -78,6 +80,25 @@ def test_many_tokens(backend, count):
     w = site_of(3, 1536, 160, (4, 4), ranks=(16, 32), transform=False)
     a = given_operands(3, count, w)
     assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product(backend, a, w, None), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("columns", "cut"),
+    [
+        (384, tiles.Tiles(96, 48, 16, 128, 2, 1)),
+        (1024, tiles.Tiles(96, 48, 24, 512, 2, 2)),
+        (384, tiles.Tiles(96, 48, 16, 128, 3, 1)),
+    ],
+    ids=str,
+)
+def test_every_step_of_the_grid_on_tpu(columns, cut, monkeypatch):
+    """Blocks of tokens, of columns and of a block's rows at once: as many tokens as take them would last for minutes."""
+    w = site_of(3, 1024, columns, (4, 4), ranks=(16, 32), transform=False)
+    a = given_operands(3, 90, w)
+    bias = jnp.asarray(np.random.default_rng(3).standard_normal(columns), jnp.float32)
+    monkeypatch.setattr(tiles, "tiles", lambda *_: cut)
+    got = jax.jit(partial(tpu.quantized_matmul, dtype=jnp.bfloat16, interpret=True))(a, w, bias)
+    assert_close(got, *numpy_product("tpu", a, w, bias), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("which", ["all", "factors of their own", "no side groups", "no cws", "no mac", "no branches", "nothing"])
@@ -145,9 +166,10 @@ def test_quantize_activations(backend, bits, mask):
     assert at == got.side.shape[1]
 
 
-def test_transforms_come_before_the_quantizer(backend):
+@pytest.mark.parametrize("bits", [4, 3])
+def test_transforms_come_before_the_quantizer(backend, bits):
     """Codes differ from float64's only where the transformed value lies within float32's error of a tie."""
-    w = site_of(6, 1536, 128, (4, 4), clip=0.95)
+    w = site_of(6, 1536, 128, (bits, bits), clip=0.95)
     x = tokens_of(6, 24, 1536)
     text = jnp.arange(24) % 2 == 0
     got, exact = (run(api.quantize_activations, x, w, text, backend=b) for b in (backend, "reference"))
@@ -164,11 +186,18 @@ def test_transforms_come_before_the_quantizer(backend):
     scale = np.asarray(got.scale, np.float64)
     high, low = 0.95 * expected.max(1, keepdims=True), -0.85 * expected.min(1, keepdims=True)
     live = np.arange(24) != 1
-    np.testing.assert_allclose(scale[live], (np.maximum(high, low) / 7)[live], rtol=1e-5)
-    codes = np.clip(np.rint(expected / scale), -8, 7)
+    np.testing.assert_allclose(scale[live], (np.maximum(high, low) / (2 ** (bits - 1) - 1))[live], rtol=1e-5)
+    codes = np.clip(np.rint(expected / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     differs = codes != np.asarray(got.values)[:, :k]
     distance = np.abs(np.abs(expected / scale - np.floor(expected / scale)) - 0.5)
     assert differs.mean() < 1e-4 and (distance[differs] < 1e-4).all()
+
+
+def test_tokens_too_small_for_a_step_are_zeros(backend):
+    w = site_of(6, 576, 128, (4, 4), side=8, ranks=(11, 17), transform=False)
+    x = tokens_of(6, 5, 576, jnp.float32).at[3].set(5e-38)
+    a = run(api.quantize_activations, x, w, mask_of("text", 5), backend=backend)
+    assert a.scale[3] == 1 and not a.values[3].any() and not a.side[3].any()
 
 
 @pytest.mark.parametrize(("width", "side"), [(576, 16), (1536, 64), (3584, 128), (1100, 200)])

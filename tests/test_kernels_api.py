@@ -3,6 +3,7 @@
 import importlib
 import logging
 import re
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -20,13 +21,15 @@ from kernel_reference import (
     site_of,
     tokens_of,
 )
+from tpu_targets import SIZES, sites_of
 
 from splitq_jax.errors import InputError
-from splitq_jax.kernels import api
+from splitq_jax.kernels import api, tiles
 from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
 from splitq_jax.qtensor import quantize_columns
 from splitq_jax.sharding import of
+from splitq_jax.transforms import orthogonal
 
 
 def test_the_platform_chooses_inside_jit():
@@ -35,6 +38,7 @@ def test_the_platform_chooses_inside_jit():
     chosen, forced = (jax.jit(lambda x, w, b=b: api.split_matmul(x, w, backend=b))(x, w) for b in (None, "reference"))
     assert (chosen == forced).all()
     assert (jax.jit(linear)(x[None], w)[0] == chosen).all()
+    assert api.split_matmul(x, w, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
 
 def test_what_the_kernels_take(backend):
@@ -55,6 +59,11 @@ def test_what_the_kernels_take(backend):
     for bits, group in ((4, 0), (3, 0), (4, 32), (3, 64), (4, 128)):
         w = quantize_columns(jnp.ones((1024, 136)), bits, group=group or None)
         assert module.refuses("weight_only_matmul", w, 16) is None
+    odd = {"tpu": 40, "gpu": 96}[backend]
+    assert f"groups of {odd}" in module.refuses("weight_only_matmul", quantize_columns(jnp.ones((960, 136)), 4, group=odd), 16)
+    w = site_of(0, 576, 136, (4, 4), side=8, ranks=(0, 0))
+    three = replace(w.groups[1], w=quantize_columns(jnp.ones((8, 136)), 3))
+    assert "bits" in module.refuses("quantized_matmul", replace(w, groups=(w.groups[0], three, w.groups[2])), 16)
 
 
 def test_what_does_not_fit_is_named(caplog):
@@ -90,6 +99,29 @@ def test_what_does_not_fit_is_named(caplog):
             got = run(api.quantized_matmul, a, two_bits, backend=name)
         assert f"{name} leaves it to the reference" in caplog.text
         assert_close(got, *numpy_product("reference", a, two_bits, None), jnp.bfloat16)
+
+
+def test_scales_per_group_beside_codes_of_activations():
+    """Every kernel leaves them to the reference."""
+    w = site_of(0, 1024, 136, (4, 4), transform=False, scales=7)
+    a = given_operands(0, 6, w)
+    for backend in (None, *api.PLATFORMS):
+        assert_close(run(api.quantized_matmul, a, w, backend=backend), *numpy_product("reference", a, w, None), jnp.bfloat16)
+
+
+def test_rule_of_tiles():
+    """It stays inside VMEM and divides the shape, for every site, phase and type of operand."""
+    for generation, vmem in ((5, 128), (6, 128), (7, 64)):
+        on = tiles.Chip(generation, vmem * tiles.MIB * 25 // 32)
+        for width, columns in {shape for model in SIZES for shape in sites_of(model).values()}:
+            for tokens in (1, 16, 64, 100, 256, 2048, 2500, 5000, 8192):
+                for x, w, decoded in ((0.5, 0.5, 0.5), (1, 0.5, 1), (1, 0.375, 1), (2, 0.5, 2)):
+                    t = tiles.tiles(on, tokens, width, columns, x, w, decoded)
+                    assert columns % t.columns == 0 and t.columns % tiles.LANES == 0
+                    assert t.tokens % t.block == 0 and t.block % t.rows == 0 and tokens <= t.tokens < tokens + 1024
+                    assert t.columns % (t.pieces * tiles.LANES) == 0
+                    buffers = width * t.columns * (t.depth * w + decoded) + t.block * width * x + t.rows * t.columns * 12
+                    assert buffers < on.vmem
 
 
 def test_no_tokens_give_no_results(backend):
@@ -182,8 +214,12 @@ def test_gate_and_up_write_in_the_order_in_which_down_reads(bits, devices):
         np.testing.assert_array_equal(mlp(laid, x, text), mlp(tree, x, text))
 
 
-def test_side_transforms_become_one_matrix_on_accelerators():
+@pytest.mark.parametrize("dense", [False, True])
+def test_side_transforms_become_one_matrix_on_accelerators(dense):
     w = site_of(0, 96, 40, (4, 16), side=8, ranks=(3, 0))
+    if dense:
+        groups = [replace(g, transform=replace(g.transform, p1=None, p2=jnp.asarray(orthogonal(8, 3)))) for g in w.groups[1:]]
+        w = replace(w, groups=(w.groups[0], *groups))
     laid = native({"down": {"kernel": w}}, "tpu")["down"]["kernel"]
     assert all(g.transform.d is None and g.transform.p1 is None for g in laid.groups[1:])
     assert jax.tree.structure(laid.groups[0].transform) == jax.tree.structure(w.groups[0].transform)

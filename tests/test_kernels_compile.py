@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 from decoder_step import decoder_step
 from jax.sharding import AxisType, PartitionSpec
-from tpu_targets import HAS_LIBTPU, SIZES, VMEM, activations, array, compile_for, matrix, products, site, sites_of
+from tpu_targets import HAS_LIBTPU, SIZES, activations, array, compile_for, matrix, products, site, sites_of
 
 from splitq_jax import sharding
-from splitq_jax.kernels import api, tiles, tpu
+from splitq_jax.kernels import api, tpu
 from splitq_jax.linear import SplitWeight
 from splitq_jax.models.generate import advance
 from splitq_jax.models.sampling import Sampling
@@ -119,22 +119,6 @@ def test_sites_with_scales_per_group(chip, bits, tokens):
     assert products(program) == {"bf16"}
     if tokens == 16:
         no_weight_sized_temporary(compiled, w)
-
-
-@pytest.mark.parametrize("chip", VMEM)
-def test_tiles_fit(chip):
-    """The rule stays inside VMEM and divides the shape, for every site, phase and type of operand."""
-    on = tiles.Chip({"v5e": 5, "v6e": 6, "tpu7x": 7}[chip], VMEM[chip] * 25 // 32)
-    for model in SIZES:
-        for width, columns in sites_of(model).values():
-            for tokens in (1, 16, 64, 100, 256, 2048, 8192):
-                for x, w, decoded in ((0.5, 0.5, 0.5), (1, 0.5, 1), (1, 0.375, 1), (2, 0.5, 2)):
-                    t = tiles.tiles(on, tokens, width, columns, x, w, decoded)
-                    assert columns % t.columns == 0 and t.columns % tiles.LANES == 0
-                    assert t.tokens % t.block == 0 and t.block % t.rows == 0 and tokens <= t.tokens < tokens + 1024
-                    assert t.columns % (t.pieces * tiles.LANES) == 0
-                    buffers = width * t.columns * (t.depth * w + decoded) + t.block * width * x + t.rows * t.columns * 12
-                    assert buffers < on.vmem
 
 
 # --- a decoder step

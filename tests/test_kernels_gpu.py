@@ -234,12 +234,12 @@ TILES = {
     "four along, ragged": (Tile(8, 64, 1, 4, 1), dict(m=11, k=1100, n=70, bits=3, bias=True)),
     "groups of 32": (Tile(8, 64, 1, 1, 1), dict(m=5, k=256, n=64, bits=4, group=32, integer=False)),
     "groups of 64": (Tile(8, 64, 1, 2, 1), dict(m=5, k=384, n=64, bits=3, group=64, integer=False, bias=True)),
+    "groups and splits": (Tile(8, 64, 1, 2, 2), dict(m=5, k=512, n=64, bits=4, group=64, integer=False)),
     "groups of 256": (Tile(16, 64, 2, 1, 1), dict(m=20, k=512, n=128, bits=4, group=256, integer=False)),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "along and splits" else pytest.mark.slow) for n in TILES])
 def test_every_kind_of_tile(name):
     """Rings, barriers, splits, sums of companions, the narrow operand: the kernel itself, interpreted."""
     tile, shape = TILES[name]

@@ -30,7 +30,7 @@ SITES = {  # tokens, mask, site
     "mac for the last": (200, "last", lambda: site_of(0, 256, 24, (4, 4), side=16, ranks=(0, 16))),
     "two steps": (300, "mixed", lambda: site_of(0, 576, 24, (4, 4), side=16, ranks=(11, 17))),
     "rows between tiles": (70, "mixed", lambda: without_clips(site_of(0, 8 * 61 + 32, 24, (4, 8), side=16, ranks=(16, 0)))),
-    "in order": (70, "text", lambda: in_order(site_of(0, 1024 + 80, 24, (3, 3), side=40, ranks=(16, 16)))),
+    "in order": (70, "text", lambda: in_order(site_of(0, 1000 + 80, 24, (3, 3), side=40, ranks=(16, 16)))),
     "no transform, mac for nobody": (130, "vision", lambda: site_of(0, 600, 24, (3, 2), side=20, ranks=(0, 16), transform=False)),
     "factors of 8 bits": (65, "text", lambda: with_wide_factors(site_of(0, 256, 24, (4, 8), side=16, ranks=(16, 16)))),
     "one factor": (65, "text", lambda: site_of(0, 127, 24, (4, 4), side=0, ranks=(0, 0))),
@@ -64,7 +64,7 @@ def test_quantizer_of_many_tokens(name):
             # of the residual's codes as many as float32 leaves near ties: its error, 1e-6 of `top` steps, in steps of half of 1 / top
             differ = 2 + w.groups[0].w.rows * 2 * 2e-6 * top**2
             slack = slack + 2 * steps * (off != 0).any(1, keepdims=True) + differ * steps / 2 / top
-        assert (error > slack).mean() < 1e-3, (error / slack).max()
+        assert (error <= slack).mean() > 1 - 1e-3, (error / slack).max()  # which NaN is not
         at += segment.w.padded_rows
     assert at == got.side.shape[1]
 

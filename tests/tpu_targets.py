@@ -23,7 +23,6 @@ from splitq_jax.transforms import Transform, factors
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 TOPOLOGIES = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-VMEM = {"v5e": 128 * 2**20, "v6e": 128 * 2**20, "tpu7x": 64 * 2**20}
 DUMP = Path(tempfile.gettempdir()) / f"splitq-llo-{os.getpid()}"
 
 # (D, N) of a decoder block's four sites: hidden, inner, heads and KV heads of 128
