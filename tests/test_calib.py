@@ -5,20 +5,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 from tiny import batches, model_and_params
 
 import splitq_jax as sq
 from splitq_jax import calib, recipes
 from splitq_jax.calib import blocks
-from splitq_jax.calib.reconstruction import EFFORTS, FitConfig, token_weights
+from splitq_jax.calib.reconstruction import EFFORTS, FitConfig, _orders, token_weights
 from splitq_jax.calib.run import Run, discard, fingerprint
 from splitq_jax.errors import InputError
 from splitq_jax.kernels.layout import native
 from splitq_jax.linear import linear
 from splitq_jax.mocd import FIRST, TEXT, VISION, SplitSize, select
 from splitq_jax.quantization import freeze, kernels, prepare
-from splitq_jax.site import TrainableSplit
+from splitq_jax.site import TrainableSplit, learnable, with_learnable
 
 SPLIT = SplitSize(rate=0.06, align=2)
 SHORT = FitConfig(steps=6, batch_size=8)
@@ -97,11 +98,17 @@ def test_statistics_do_not_depend_on_the_order(tiny, stats):
     assert_equal_stats(*(calib.collect(model, params, [b], SPLIT) for b in (whole, mixed)))
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [3, 8])
 def test_statistics_do_not_depend_on_the_sharding(devices, tiny):
-    model, params = tiny
+    """Where the devices do not divide a batch either."""
     meshes = (None, calib.data_mesh(jax.devices()[:devices]))
-    assert_equal_stats(*(calib.collect(model, params, merged(4), SPLIT, mesh=mesh) for mesh in meshes))
+    assert_equal_stats(*(calib.collect(*tiny, batches(4), SPLIT, mesh=mesh) for mesh in meshes))
+
+
+def test_first_tokens_may_count_as_text(tiny):
+    for s in calib.collect(*tiny, batches(1), SPLIT, skip_first=False).values():
+        assert s.count.tolist() == [4 * 4, 4 * 10 - 3, 0] and not s.absmax[FIRST].any()
+        assert s.ranks.sum() == s.count[TEXT] * s.ranks.shape[0]
 
 
 def test_one_and_eight_devices_train_alike():
@@ -189,13 +196,56 @@ def test_token_weights_do_not_depend_on_the_sharding(loss, tiny):
     rows, found = P("data"), []
     for devices in (1, 8):
         mesh = calib.data_mesh(jax.devices()[:devices])
-        weights = blocks.sharded(lambda x, c: token_weights(loss, x, 2 * x, c), mesh, (rows, rows), rows)
+        weights = blocks.sharded(lambda x, c: token_weights(loss, x, x[..., ::-1], c), mesh, (rows, rows), rows)
         found.append(np.asarray(weights(*blocks.place(mesh, (hidden.x, hidden.context))))[..., 0])
     np.testing.assert_allclose(*found, rtol=1e-5)
     valid, text = hidden.context.valid, hidden.context.is_text
     assert (found[0][~valid] == 0).all() and (found[0][valid] > 0).all()
+    if loss == "token":
+        np.testing.assert_allclose(found[0][valid], 1 / ((hidden.x - hidden.x[..., ::-1]) ** 2).sum(-1)[valid], rtol=1e-5)
     if loss == "balanced":
         np.testing.assert_allclose([found[0][text].sum(), found[0][~text].sum()], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("loss", "power", "scheme"), [("mse", 2, "w8a16"), ("mae", 1, "w3a16")])
+def test_training_is_adamws_on_the_relative_loss(loss, power, scheme, tiny, stats):
+    """Two steps along the gradient of the loss's logarithm, on tokens that are not padding; float activations have no codes to tie."""
+    (model, params), path, calibration, held_out = tiny, "decoder/blocks_0/o", batches(1), batches(1, seed=9)
+    # an epsilon that leaves the gradient's size in a step
+    c = FitConfig(steps=2, loss=loss, transform_lr=0.02, clip_lr=0.1, weight_decay=0.3, final_lr=0.4, epsilon=0.1)
+    prepared = prepare(params, stats, recipe_of("flatquant", scheme, transform="diag", sites=path))
+    trained, (error, _) = calib.fit(model, params, prepared, calibration, c, held_out=held_out)
+    site, teacher = kernels(prepared)[path], params["decoder"]["blocks_0"]
+    start, reached = learnable(site), ravel_pytree(learnable(kernels(trained)[path]))[0]
+    theta, unflatten = ravel_pytree(start)
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def reference(theta, x, context):
+        student = teacher | {"o": {"kernel": with_learnable(site, unflatten(theta))}}
+        y, found = (model.block(0).apply({"params": p}, x, context) for p in (teacher, student))
+        e, added = (jnp.where(context.valid[..., None], d, 0) for d in (found - y, y - x))
+        return jnp.log(jnp.sum(jnp.abs(e) ** power)), jnp.sum(e**2) / jnp.sum(added**2)
+
+    seen, held = ((h.x, h.context) for h in blocks.embed(model, params, calibration + held_out))
+    for measured, at in ((error.before, theta), (error.after, reached)):
+        np.testing.assert_allclose(measured, reference(at, *held)[1], rtol=1e-4)
+    rates = {"transforms": c.transform_lr, "clips": c.clip_lr}
+    rate, _ = ravel_pytree({k: jax.tree.map(partial(jnp.full_like, fill_value=rates[k]), part) for k, part in start.items()})
+    m = v = 0
+    for t, share in ((1, 1.0), (2, (1 + c.final_lr) / 2)):  # half of the cosine's way
+        g = reference(theta, *seen)[0]
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        step = m / (1 - 0.9**t) / (jnp.sqrt(v / (1 - 0.999**t)) + c.epsilon)
+        theta -= share * rate * (step + c.weight_decay * theta)
+    np.testing.assert_allclose(reached, theta, rtol=0, atol=1e-4)
+
+
+def test_an_epoch_is_all_samples_in_an_order_of_its_own():
+    first, second = (_orders(16, FitConfig(epochs=2, seed=seed)) for seed in (0, 1))
+    epochs = [np.concatenate(part) for orders in (first, second) for part in (orders[:4], orders[4:])]
+    assert all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
 @pytest.mark.slow

@@ -251,10 +251,11 @@ def test_nothing_half_written_remains(
 
 
 def test_a_full_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(InputError, match="1 bytes are free on this disk"):
-        checkpoint.save(tmp_path / "out", {"w": jnp.ones(3)})
-    assert not list(tmp_path.iterdir())
+    for free in (1, 13):  # the array alone has 12
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(20, 20 - free, free))
+        with pytest.raises(InputError, match=f" {free} bytes are free on this disk"):
+            checkpoint.save(tmp_path / "out", {"w": jnp.ones(3)})
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_tree_of_nothing(tmp_path: Path) -> None:

@@ -36,10 +36,15 @@ def test_token_ranks_are_percentiles_among_the_remaining_channels():
     main[[2, 9]] = False
     expected = (np.abs(x)[:, None, main] <= np.abs(x)[:, :, None]).sum(-1) / 18
     np.testing.assert_allclose(mocd.token_ranks(jnp.asarray(x), jnp.asarray(main)), expected, atol=1e-6)
+    edges = jnp.array([[1, 2, 255, 256]]) / mocd.RANK_BINS  # bins are open below
+    assert mocd.rank_histogram(edges, jnp.ones(1, bool)).argmax(1).tolist() == [0, 1, 254, 255]
+
+
+MASSIVE = 25  # a channel in which first tokens alone are large
 
 
 def make_stats(x_vision, x_text, k):
-    rows = [x_vision, x_text, np.zeros((1, x_text.shape[1]))]
+    rows = [x_vision, x_text, 1e4 * np.eye(1, x_text.shape[1], MASSIVE)]
     vision = mocd.top(jnp.asarray(np.abs(x_vision).max(0)), k)
     main = jnp.asarray(~np.isin(np.arange(x_text.shape[1]), vision))
     ranks = mocd.rank_histogram(mocd.token_ranks(jnp.asarray(x_text), main), jnp.ones(len(x_text), bool))
@@ -76,6 +81,7 @@ def test_mocd_finds_vision_outliers_and_unstable_text_channels(planted):
 def test_other_selectors_follow_their_score(planted, selector, included):
     perm, *_ = mocd.select(planted, selector)
     assert included in perm[-4:].tolist() and sorted(perm.tolist()) == list(range(40))
+    assert MASSIVE not in perm[-4:].tolist()
 
 
 def test_random_channels_are_seeded_and_none_splits_nothing(planted):

@@ -307,11 +307,26 @@ def test_low_rank_factors_are_the_truncated_svd(params, monkeypatch):
         np.testing.assert_allclose(u[:, :r] @ v[:r], (full[0][:, :r] * full[1][:r]) @ full[2][:r], atol=1e-5)
     u, v = acc.svd_factors(w, (1, 3), (40, 30, 26))
     assert u.shape == (D, 9) and v.shape == (9, N)
-    second = np.linalg.svd(np.asarray(w[:, 40:70], np.float64), full_matrices=False)
-    for r in (1, 3):
-        product = u[:, : 3 * r] @ v[: 3 * r]
-        np.testing.assert_allclose(product[:, 40:70], (second[0][:, :r] * second[1][:r]) @ second[2][:r], atol=1e-5)
+    for layer in (slice(0, 40), slice(40, 70), slice(70, N)):
+        full = np.linalg.svd(np.asarray(w[:, layer], np.float64), full_matrices=False)
+        for r in (1, 3):
+            product = u[:, : 3 * r] @ v[: 3 * r, layer]
+            np.testing.assert_allclose(product, (full[0][:, :r] * full[1][:r]) @ full[2][:r], atol=1e-5)
     assert [acc.rank_of(0.02, *a) for a in ((560, 576), (3456, 3584), (896, 1024), (9, 20))] == [11, 80, 32, 1]
+
+
+@pytest.mark.parametrize(("scheme", "lwc_start"), [("w4a8", None), ("w4a4", 0.982)])
+def test_groups_start_smoothed_and_clipped(scheme, lwc_start, params, stats):
+    """As all tokens' maxima ask, a first token's massive one included, and as the bits of each side of the product do."""
+    seen = stats[PATH].replace(absmax=stats[PATH].absmax.at[mocd.FIRST, 7].set(1e3))
+    recipe = recipes.splitq(scheme).replace(split=SPLIT, lwc_start=lwc_start)
+    site = kernels(prepare(params, {PATH: seen}, recipe))[PATH]
+    d = np.abs(site.w).max(1) ** 0.7 / np.max(seen.absmax, axis=0) ** 0.3
+    np.testing.assert_allclose(jnp.concatenate([g.transform.d for g in site.groups]), d[site.perm], rtol=1e-5)
+    w_bits, a_bits = recipe.main_bits  # the side groups' too
+    for group, rows in zip(site.groups, site.sizes, strict=True):
+        np.testing.assert_allclose(jax.nn.sigmoid(group.w_clip), lwc_start or gaussian_clip(w_bits, rows), rtol=1e-5)
+        np.testing.assert_allclose(jax.nn.sigmoid(group.a_clip), gaussian_clip(a_bits, rows), rtol=1e-5)
 
 
 def test_learnable_parts_come_apart_and_together(params, stats):

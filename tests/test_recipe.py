@@ -28,6 +28,18 @@ def test_gptq_rounds_all_of_a_site_or_nothing():
     assert recipes.splitq("w16a4").replace(rounding="gptq").side == (16, 4)
 
 
+def test_bits_and_ranks_follow_from_the_scheme():
+    assert recipes.splitq("w4a2").rates == (0.03, 0.05) and recipes.splitq("w2a4").rates == (0.02, 0.03)
+    assert recipes.splitq("w2a3").side == (4, 4) and recipes.splitq("w3a3").replace(side_bits=0).side == (3, 3)
+    assert recipes.splitq("w4a4").replace(side_bits=8).side == (8, 8)
+    assert recipes.splitq("w4a16").replace(side_bits=8).side == (8, 16)  # floats stay floats
+
+
+def test_one_modality_has_neither_split_nor_branches():
+    tower = recipes.splitq("w3a3").replace(vision="w4a8").for_vision()
+    assert (tower.scheme, tower.select, tower.cws, tower.mac) == ("w4a8", "none", "off", "off")
+
+
 @pytest.mark.parametrize("scheme", ["w0a4", "w17a4", "w4a17", "w4a1", "w4", "4x4", "w5a4"])
 def test_unsupported_bits_are_refused(scheme):
     with pytest.raises(InputError, match="scheme"):

@@ -64,5 +64,5 @@ def test_orders_that_paley_knows(size, flat):
 
 
 def test_smoothing_is_smoothquant_and_survives_dead_channels():
-    d = transforms.smoothing(jnp.array([4.0, 0.0, 1.0]), jnp.array([9.0, 1.0, 0.0]), 0.5, 0.5)
-    np.testing.assert_allclose(d, [1.5, 1.0, 1.0])
+    d = transforms.smoothing(jnp.array([4.0, 0.0, 1.0]), jnp.array([9.0, 1.0, 0.0]), 0.5, 1.5)
+    np.testing.assert_allclose(d, [3 / 8, 1.0, 1.0])
