@@ -23,6 +23,7 @@ NAMES = {
     "splitq-fixed": "SplitQ, fixed factors",
     "splitq,side_bits=8": "SplitQ, 8-bit side groups",
     "splitq,mac_tokens=vision": "SplitQ, MAC on vision tokens",
+    "splitq,mac_start=1.0": "SplitQ, MAC's gate from 1",
 }
 GPTQ = "rounding=gptq"
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")
