@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from splitq_jax import quantization, recipes
 from splitq_jax.calib import reconstruction, statistics
@@ -34,7 +33,7 @@ GB = 1e9
 def main() -> None:
     """Compile what the file lacks and print it."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # shapes of real models
-    from tpu_targets import SIZES, TOPOLOGIES
+    from tpu_targets import SIZES, TOPOLOGIES, target
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--chip", default="v5e", choices=list(TOPOLOGIES))
@@ -42,14 +41,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a sample")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/calibration_tpu.json"))
     args = parser.parse_args()
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ |= {"TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[args.chip]).devices
-    mesh = Mesh(np.array(devices[:CHIPS]), ("data",), axis_types=(AxisType.Auto,))
     rows: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), jax.default_matmul_precision("highest"):
+    with target(args.chip, {"data": CHIPS}, dump=False) as mesh, jax.default_matmul_precision("highest"):
         for name, function, arguments in programs(SIZES[args.model], args.tokens, mesh):
             row = f"{args.chip} {args.model} {args.tokens} {name}"
             if row not in rows:
@@ -112,7 +105,7 @@ def programs(size: tuple[int, int, int, int], tokens: int, mesh: Mesh) -> Iterat
     state = jax.eval_shape(optimizer.init, theta)
     yield "training step", step, (*placed((student, theta, state), whole), x, x, context)
 
-    rows, columns = kernels["mlp/down" if "mlp/down" in kernels else "down"].shape
+    rows, columns = kernels["down"].shape
     scales = shape(3, columns), shape(rows, dtype="int32"), shape(3, dtype="int32")
     yield "GPTQ of down", _codes, placed((shape(rows, columns), shape(rows, rows), *scales), whole)
 

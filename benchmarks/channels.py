@@ -39,18 +39,12 @@ def main() -> None:
             for draw in (BASE, *DRAWS)
         }
     chosen = {draw: {path: sets(s) for path, s in of.items()} for draw, of in stats.items()}
-    rows = {}
-    for draw in DRAWS:
-        rows[f"{draw[0]} images, seed {draw[1]}"] = overlaps(chosen[BASE], chosen[draw])
-    size = SplitSize()
-    largest = {
-        path: {
-            name: set(np.asarray(mocd.top(s.absmax[row], size.channels(s.absmax.shape[1]))).tolist())
-            for name, row in (("vision", mocd.VISION), ("text", mocd.TEXT))
-        }
-        for path, s in stats[BASE].items()
-    }
-    rows["largest of vision and of text"] = {"both": float(np.mean([jaccard(s["vision"], s["text"]) for s in largest.values()]))}
+    rows = {f"{images} images, seed {seed}": overlaps(chosen[BASE], chosen[images, seed]) for images, seed in DRAWS}
+    common = [
+        jaccard(set(s.vision_channels.tolist()), set(mocd.top(s.absmax[mocd.TEXT], len(s.vision_channels)).tolist()))
+        for s in stats[BASE].values()
+    ]
+    rows["largest of vision and of text"] = {"both": float(np.mean(common))}
     for name, row in rows.items():
         console.print(f"{name}: " + ", ".join(f"{part} {100 * value:.1f} %" for part, value in row.items()))
     facts = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}

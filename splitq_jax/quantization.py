@@ -148,27 +148,12 @@ def prepare_site(
     """Partition one site and set its learnable parts to their start (see `Recipe`).
 
     Raises:
-      InputError: statistics of another split; Gram matrices or rank that the recipe needs and the site has not; a `Recipe.group_size`
+      InputError: what `partition` refuses; Gram matrices or rank that the recipe needs and the site has not; a `Recipe.group_size`
         that does not divide the main group.
     """
     w = w.astype(jnp.float32)
     width = w.shape[0]
-    if channels is not None:
-        text, vision = channels
-        if not any(isinstance(chosen, jax.core.Tracer) for chosen in channels):
-            mocd.check_channels(path, width, text, vision)
-        k_text, k_vision = len(text), len(vision)
-        perm = mocd.partition(width, jnp.asarray(text), jnp.asarray(vision))
-    elif stats is None or recipe.select == "none":
-        perm, k_text, k_vision = jnp.arange(width, dtype=jnp.int32), 0, 0
-    else:
-        expected = recipe.split.channels(width)
-        if stats.vision_channels.shape[0] != expected:
-            raise InputError(
-                f"{path}: the statistics were collected for {stats.vision_channels.shape[0]} side channels, the recipe "
-                f"splits {expected}; collect them with the recipe's split"
-            )
-        perm, k_text, k_vision = mocd.select(stats, recipe.select, recipe.clusters, seed)
+    perm, k_text, k_vision = partition(width, stats, recipe, seed, path, channels)
     sizes = tuple(k for k in (width - k_text - k_vision, k_text, k_vision) if k)
     if recipe.group_size is not None and sizes[0] % recipe.group_size:
         divisors = [d for d in range(1, recipe.group_size) if sizes[0] % d == 0]
@@ -207,6 +192,30 @@ def prepare_site(
         learn_transform=recipe.train and recipe.has_diagonal,
         kinds=kinds,
     )
+
+
+def partition(
+    width: int, stats: SiteStats | None, recipe: Recipe, seed: int, path: str, channels: tuple[Array, Array] | None
+) -> tuple[Int[Array, " D"], int, int]:
+    """Return a site's permutation ``[C_m | C_t | C_v]`` and the sizes ``(K_t, K_v)``: by ``channels``, else by the recipe.
+
+    Raises:
+      InputError: ``channels`` that are no disjoint parts; statistics of another split.
+    """
+    if channels is not None:
+        text, vision = channels
+        if not any(isinstance(chosen, jax.core.Tracer) for chosen in channels):
+            mocd.check_channels(path, width, text, vision)
+        return mocd.partition(width, jnp.asarray(text), jnp.asarray(vision)), len(text), len(vision)
+    if stats is None or recipe.select == "none":
+        return jnp.arange(width, dtype=jnp.int32), 0, 0
+    expected = recipe.split.channels(width)
+    if stats.vision_channels.shape[0] != expected:
+        raise InputError(
+            f"{path}: the statistics were collected for {stats.vision_channels.shape[0]} side channels, the recipe "
+            f"splits {expected}; collect them with the recipe's split"
+        )
+    return mocd.select(stats, recipe.select, recipe.clusters, seed)
 
 
 def start_transform(recipe: Recipe, x_absmax: Float[Array, " K"], rows: Float[Array, "K N"], seed: int) -> Transform:

@@ -14,9 +14,6 @@ from splitq_jax.qtensor import QTensor, column_scales, from_codes
 from splitq_jax.site import split
 
 DAMPING = 0.01  # share of the mean diagonal that is added to the Hessian, as in the paper's code
-MOST_DAMPING = (
-    1.0  # a sum of squares in float32 that few tokens dominate may need more than the usual share to be positive definite
-)
 BLOCK = 128  # rows whose errors reach the rest in one product, as there
 
 
@@ -68,12 +65,13 @@ def error_spread(hessian: Float[Array, "K K"]) -> Float[Array, "K K"]:
 def _error_spread(hessian: Array) -> Float[np.ndarray, "K K"]:
     flipped = np.array(hessian, np.float64)[::-1, ::-1]
     diagonal = np.diag(flipped).copy()
-    if not np.isfinite(flipped).all() or diagonal.mean() < 0:
+    mean = diagonal.mean()
+    if not np.isfinite(flipped).all() or mean < 0:
         raise InputError("GPTQ: a Gram matrix is not finite; check the weights and the calibration samples")
     alive = np.where(diagonal == 0, 1.0, diagonal)  # a channel that is always zero: its weight does not matter
     damping = DAMPING
     while True:
-        np.fill_diagonal(flipped, alive + damping * diagonal.mean())
+        np.fill_diagonal(flipped, alive + damping * mean)
         try:
             lower = scipy.linalg.cholesky(flipped, lower=True, check_finite=False)
             break

@@ -377,11 +377,8 @@ def test_channels_may_be_chosen_by_hand(params, stats):
     chosen = jax.jit(lambda p, t, v: sq.quantize(p, stats, recipe, {PATH: (t, v)}))(params, perm[-2 * k : -k], perm[-k:])
     assert kernels(chosen)[PATH].perm.tolist() == perm.tolist()
     # no statistics of other channels' ranks are needed
-    assert kernels(prepare(params, {PATH: stats[PATH]}, recipes.flatquant("w4a4"), {PATH: (text, vision)}))[PATH].sizes == (
-        D - 5,
-        3,
-        2,
-    )
+    site = kernels(prepare(params, stats, recipes.flatquant("w4a4"), {PATH: (text, vision)}))[PATH]
+    assert site.sizes == (D - 5, 3, 2)
 
 
 @pytest.mark.parametrize(

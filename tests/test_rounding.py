@@ -50,12 +50,14 @@ def few_dominate():
     return np.float64(np.float32(x.T @ x))
 
 
+def assert_spreads(got, h, damping, atol):
+    expected = np.linalg.cholesky(np.linalg.inv(h + damping * np.mean(np.diag(h)) * np.eye(len(h)))).T
+    assert (np.abs(got - expected) / np.diag(expected)[:, None]).max() < atol
+
+
 def test_errors_spread_as_in_float64():
     h = few_dominate()
-    damped = h + 0.01 * np.mean(np.diag(h)) * np.eye(len(h))
-    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
-    got = np.asarray(error_spread(jnp.asarray(h, jnp.float32)))
-    assert (np.abs(got - expected) / np.diag(expected)[:, None]).max() < 1e-5
+    assert_spreads(error_spread(jnp.asarray(h, jnp.float32)), h, 0.01, 1e-5)
 
 
 def test_a_sum_of_squares_that_rounding_made_indefinite_is_damped_more():
@@ -66,9 +68,7 @@ def test_a_sum_of_squares_that_rounding_made_indefinite_is_damped_more():
     assert np.linalg.eigvalsh(h).min() < -0.02 * np.mean(np.diag(h))
     got = np.asarray(error_spread(jnp.asarray(h, jnp.float32)))
     assert np.isfinite(got).all()
-    damped = h + 0.1 * np.mean(np.diag(h)) * np.eye(len(h))
-    expected = np.linalg.cholesky(np.linalg.inv(damped)).T
-    assert (np.abs(got - expected) / np.diag(expected)[:, None]).max() < 1e-4
+    assert_spreads(got, h, 0.1, 1e-4)
 
 
 def test_a_hessian_that_is_not_finite_is_refused():

@@ -44,8 +44,8 @@ def sites_of(model: str) -> dict[str, tuple[int, int]]:
     }
 
 
-def devices(chip: str) -> np.ndarray:
-    """Return the devices of a topology of ``chip``; the compiler's programs are then left in `DUMP`."""
+def devices(chip: str, dump: bool = True) -> np.ndarray:
+    """Return the devices of a topology of ``chip``; the compiler's programs are then left in `DUMP`, which takes it longer."""
     jax.devices()  # has read the tests' flags, of which a compiler of another age may know none, and then end the process
     os.environ |= {
         "XLA_FLAGS": "",
@@ -54,19 +54,21 @@ def devices(chip: str) -> np.ndarray:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*",
     }
+    if dump:
+        os.environ["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={DUMP} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
+        )
     from jax.experimental import topologies
 
     return np.array(topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices)
 
 
 @contextlib.contextmanager
-def target(chip: str, axes: dict[str, int]) -> Iterator[jax.sharding.Mesh]:
+def target(chip: str, axes: dict[str, int], dump: bool = True) -> Iterator[jax.sharding.Mesh]:
     """Trace for a mesh of ``chip``s."""
     axis_types = (jax.sharding.AxisType.Auto,) * len(axes)
-    found = devices(chip)[: int(np.prod(list(axes.values())))].reshape(tuple(axes.values()))
+    found = devices(chip, dump)[: int(np.prod(list(axes.values())))].reshape(tuple(axes.values()))
     mesh = jax.sharding.Mesh(found, tuple(axes), axis_types=axis_types)
     jax.clear_caches()  # a trace for another chip must not be taken for this one's
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
