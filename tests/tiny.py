@@ -62,3 +62,19 @@ def batches(count, seed=0, rows=4, length=14):
         pixels = rng.standard_normal((rows, 3, 8, 8)).astype(np.float32)
         out.append({"input_ids": ids, "attention_mask": mask, "pixel_values": pixels})
     return out
+
+
+def merged(count):
+    """Return the batches as one."""
+    return [{k: np.concatenate([b[k] for b in batches(count)]) for k in batches(1)[0]}]
+
+
+def intermediates(model, params, batch):
+    """Return what the layers read, and the embedded tokens."""
+
+    @jax.jit
+    def run(p, b):
+        _, state = model.apply({"params": p}, **b, mutable=["inputs"])
+        return state, model.apply({"params": p}, **b, method="embed")
+
+    return run(params, batch)
