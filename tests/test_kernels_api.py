@@ -116,11 +116,12 @@ def test_rule_of_tiles():
         for width, columns in {shape for model in SIZES for shape in sites_of(model).values()}:
             for tokens in (1, 16, 64, 100, 256, 2048, 2500, 5000, 8192):
                 for x, w, decoded in ((0.5, 0.5, 0.5), (1, 0.5, 1), (1, 0.375, 1), (2, 0.5, 2)):
-                    t = tiles.tiles(on, tokens, width, columns, x, w, decoded)
-                    assert columns % t.columns == 0 and t.columns % tiles.LANES == 0
+                    token = width * x + 2 * 256 + 512
+                    t = tiles.tiles(on, tokens, width, columns, token, w, decoded)
+                    assert columns % t.columns == 0 and t.columns % (128 if generation == 5 else 256) == 0  # columns of the MXU
                     assert t.tokens % t.block == 0 and t.block % t.rows == 0 and tokens <= t.tokens < tokens + 1024
-                    assert t.columns % (t.pieces * tiles.LANES) == 0
-                    buffers = width * t.columns * (t.depth * w + decoded) + t.block * width * x + t.rows * t.columns * 12
+                    assert t.rows % (t.pieces * (64 if t.pieces > 1 else 8)) == 0
+                    buffers = width * t.columns * (t.depth * w + decoded) + t.block * token + t.rows * t.columns * 12
                     assert buffers < on.vmem
 
 

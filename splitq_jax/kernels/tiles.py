@@ -29,7 +29,7 @@ class Tiles(NamedTuple):
       rows: tokens of one product in the kernel; divides ``block``.
       columns: output channels of a step; divides N.
       depth: weight blocks in VMEM: one in use, the others on their way.
-      pieces: parts in which the first step takes its weight block and the last one gives its result.
+      pieces: parts of a step's tokens: the first step starts when one has arrived, the last one sends each off.
     """
 
     tokens: int
@@ -54,12 +54,12 @@ def up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-def divisor(size: int, most: int) -> int:
-    """Return the largest multiple of a lane tile that divides ``size`` and is at most ``most``; ``size`` is such a multiple."""
-    return max(d for d in range(LANES, max(most, LANES) + 1, LANES) if size % d == 0)
+def divisor(size: int, most: int, unit: int = LANES) -> int:
+    """Return the largest multiple of ``unit`` that divides ``size``, a multiple of it, and is at most ``most``."""
+    return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
 
 
-def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_bytes: float, decoded_bytes: float) -> Tiles:
+def tiles(on: Chip, tokens: int, rows: int, columns: int, token_bytes: float, w_bytes: float, decoded_bytes: float) -> Tiles:
     """Choose the tiles of a product.
 
     The whole of K stays in one step, so nothing is accumulated over the grid. All tokens that fit stay in VMEM while the weight passes
@@ -70,32 +70,35 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, x_bytes: float, w_byte
       tokens: M.
       rows: K, padded.
       columns: N, a multiple of a lane tile.
-      x_bytes: bytes of an activation.
+      token_bytes: bytes of a token's operands in VMEM.
       w_bytes: bytes of a packed weight.
       decoded_bytes: bytes of a weight as the product takes it.
     """
     few = tokens <= 256
-    # a grid step costs some 450 cycles beside its products
-    wanted, depth = (1024 if decoded_bytes > 1 else 512, 3) if few else (2048, 2)
+    depth = 3 if few else 2
 
     def taken(block: int, step: int, n: int) -> float:
         weights = rows * n * (depth * w_bytes + decoded_bytes)
-        return weights + block * rows * x_bytes + step * n * 12 + 4 * MIB
+        return weights + block * token_bytes + step * n * 12 + 4 * MIB
 
     def even(chunks: int) -> int:
         return up(-(-tokens // chunks), 64 if tokens > 64 else 16 if tokens > 8 else 8)
 
-    chunks = -(-tokens // 1024)
-    while taken(even(chunks), even(chunks), LANES) > on.vmem and even(chunks) > 64:
-        chunks *= 2
+    chunks = -(-tokens // 2048)
+    unit = LANES if on.generation == 5 or columns % 256 else 256  # columns of the MXU
+    least = divisor(columns, 512, unit)  # fewer leave half of the MXU empty, or have its rows wait
+    while even(chunks) > 64 and taken(even(chunks), even(chunks), least if even(chunks) > 256 else LANES) > on.vmem:
+        chunks += 1
     step = even(chunks)
-    n = divisor(columns, wanted)
-    while n > LANES and taken(step, step, n) > on.vmem:
-        n = divisor(columns, n - LANES)
+    # a grid step costs some 450 cycles beside its products; the first one waits for its columns, at half of v6e's bandwidth on v5e
+    narrow = decoded_bytes <= 1 if few else on.generation == 5 and columns <= 8192
+    n = divisor(columns, 512 if narrow else 1024, unit)
+    while n > unit and taken(step, step, n) > on.vmem:
+        n = divisor(columns, n - unit, unit)
     chunk = chunks
-    # shared evenly: a last block of padding costs more than another pass of the weight, which hides behind 1,024 tokens' products
+    # shared evenly: a last block of padding costs more than another pass of the weight, which hides behind 2,048 tokens' products
     while (taken(chunk * step, step, n) > on.vmem and chunk > 1) or chunks % chunk:
         chunk -= 1
     blocks = chunks // chunk
-    pieces = 1 if few else max(p for p in (1, 2, 4) if n % (p * 2 * LANES) == 0 or p == 1)
+    pieces = 1 if few else max(p for p in (1, 2, 4) if p == 1 or (step % (p * 64) == 0 and step >= p * 256))
     return Tiles(blocks * chunk * step, chunk * step, step, n, depth, pieces)

@@ -1,10 +1,10 @@
 """The product on TPU: one body for all.
 
-Tokens stay in VMEM while the packed weight passes once, block after block of output channels, fetched ahead
-by hand (the grid's own pipeline would wait for all tokens first and prefetch a block only in the last step before it). Weights of 4
-bits are 4-bit integers after a `bitcast`; of 3 bits after eleven operations per four words. Up to 4-bit activations meet them in the
-MXU's native s4 mode (e4m3 on generation 7, which has no integer mode; products and sums below 2^24 are exact there), 8-bit activations
-as s8, floats as bfloat16. The narrow operand is one more product, in bfloat16, before the result leaves the registers.
+Tokens stay in VMEM while the packed weight passes once, block after block of output channels. All is fetched by hand: the grid's own
+pipeline has the first step wait for all of its operands, and takes the scalar unit longer. Weights of 4 bits are 4-bit integers after a
+`bitcast`; of 3 bits after eleven operations per four words. Up to 4-bit activations meet them in the MXU's native s4 mode (e4m3 on
+generation 7, which has no integer mode; products and sums below 2^24 are exact there), 8-bit activations as s8, floats as bfloat16. The
+narrow operand is one more product, in bfloat16, before the result leaves the registers.
 """
 
 from collections.abc import Callable
@@ -40,6 +40,39 @@ class Filler(NamedTuple):
     args: tuple[Array, ...]
 
 
+class _Columns(NamedTuple):
+    """What belongs to output channels: all of them in HBM, or a block of them, ``depth`` times, in VMEM."""
+
+    words: Any
+    scale: Any
+    side: tuple[tuple[Any, Any | None], ...]
+    bias: Any | None
+
+
+class _Kept(NamedTuple):
+    """What the kernel keeps in VMEM.
+
+    Attributes:
+      columns: blocks of the weight, one in use, the others on their way.
+      columns_sem: a semaphore a block.
+      tokens: a block of tokens; where a filler makes them, its results.
+      tokens_sem: a semaphore for what arrives together.
+      y: results, one made while another is written.
+      y_sem: their semaphores.
+      w: the weight as the product takes it, where that is kept.
+      b: ``B``, where that is kept.
+    """
+
+    columns: _Columns
+    columns_sem: Any
+    tokens: Activations
+    tokens_sem: Any
+    y: Any
+    y_sem: Any
+    w: Any
+    b: Any
+
+
 def matmul(
     w: QTensor,
     side: list[Side],
@@ -53,89 +86,89 @@ def matmul(
     interpret: bool,
 ) -> Float[Array, "M N"]:
     """Run the product over all blocks; the tokens' operands are ``ready`` or made by ``filler``."""
+    if w.scale is None:
+        raise TypeError("a weight without scales")
     on = tiles.chip()
     n = w.words[0].shape[1]
     columns = tiles.up(n, tiles.LANES)
-    words = widen(w.words[0], columns)
-    rows = w.padded_rows
+    rows, r = w.padded_rows, sum(s.words.shape[0] * (32 // s.bits if s.bits < 8 else 1) for s in side)
     stored, operand = stored_type(a_bits), operand_type(on, a_bits)
-    t = tiles.tiles(on, tokens, rows, columns, bytes_of(stored, on), w.bits / 8, bytes_of(operand, on))
-    if w.scale is None:
-        raise TypeError("a weight without scales")
-    r = sum(s.words.shape[0] * (32 // s.bits if s.bits < 8 else 1) for s in side)
-
-    def by_columns(array: Array) -> tuple[Array, pl.BlockSpec]:
-        return widen(array, columns), pl.BlockSpec((array.shape[0], t.columns), lambda g, n, m: (0, n))
-
-    def by_rows(array: Array) -> tuple[Array, pl.BlockSpec]:
-        chunks = t.block // t.rows
-        return pad_rows(array, t.tokens), pl.BlockSpec((t.rows, array.shape[1]), lambda g, n, m: (g * chunks + m, 0))
-
-    inputs = [(words, pl.BlockSpec(memory_space=pl.ANY)), by_columns(w.scale)]
-    for s in side:
-        inputs += [by_columns(a) for a in (s.words, s.columns) if a is not None]
-    if bias is not None:
-        inputs.append(by_columns(bias.astype(jnp.float32)[None, :]))
-    if filler is not None:
-        inputs += [(a, pl.BlockSpec(a.shape, lambda g, n, m: (0, 0))) for a in filler.args]
-    elif ready is not None:
-        inputs.append((pad_rows(ready.values.astype(stored), t.tokens), pl.BlockSpec(memory_space=pl.ANY)))
-        if ready.scale is not None:
-            inputs.append(by_rows(ready.scale))
-        if ready.side is not None:
-            inputs.append(by_rows(ready.side.astype(jnp.bfloat16)))
-
+    # a token's step takes a row of lanes
+    token_bytes = rows * bytes_of(stored, on) + 2 * r + 4 * tiles.LANES
+    t = tiles.tiles(on, tokens, rows, columns, token_bytes, w.bits / 8, bytes_of(operand, on))
     steps = (t.tokens // t.block, columns // t.columns, t.block // t.rows)
-    scratch = [
-        pltpu.VMEM((t.depth, words.shape[0], t.columns), words.dtype),
-        pltpu.SemaphoreType.DMA((t.depth, t.pieces)),
-        pltpu.VMEM((t.block, rows), stored),
-        pltpu.SemaphoreType.DMA((steps[2],)),
-        pltpu.VMEM((2, t.rows, t.columns), dtype),
-        pltpu.SemaphoreType.DMA((2,)),
-        pltpu.VMEM((rows, t.columns), operand),
-        pltpu.VMEM((max(r, 16), t.columns), jnp.bfloat16),
-        pltpu.VMEM((t.rows, 1), jnp.float32),
-        pltpu.VMEM((t.rows, max(r, 16)), jnp.bfloat16),
-    ]
-    flops = 2 * t.tokens * columns * (rows + r)
-    moved = words.nbytes + t.tokens * (rows + columns * jnp.dtype(dtype).itemsize)
-    body = _Product(
+
+    by_column = jax.tree.map(
+        partial(widen, columns=columns),
+        _Columns(
+            words=w.words[0],
+            scale=w.scale,
+            side=tuple((s.words, s.columns) for s in side),
+            bias=None if bias is None else bias.astype(jnp.float32)[None, :],
+        ),
+    )
+    given: Any = filler.args if filler else None
+    if ready is not None:
+        ready = ready._replace(
+            values=ready.values.astype(stored), side=None if ready.side is None else ready.side.astype(jnp.bfloat16)
+        )
+        given = jax.tree.map(lambda a: pad_rows(a, t.tokens), ready)
+    kept = _Kept(
+        columns=jax.tree.map(lambda a: pltpu.VMEM((t.depth, a.shape[0], t.columns), a.dtype), by_column),
+        columns_sem=pltpu.SemaphoreType.DMA((t.depth,)),
+        tokens=Activations(
+            values=pltpu.VMEM((t.block, rows), stored),
+            scale=pltpu.VMEM((t.block, 1), jnp.float32) if a_bits < FLOAT_BITS else None,
+            side=pltpu.VMEM((t.block, r), jnp.bfloat16) if r else None,
+        ),
+        tokens_sem=pltpu.SemaphoreType.DMA((steps[2], t.pieces)),
+        y=pltpu.VMEM((2, t.rows, t.columns), dtype),
+        y_sem=pltpu.SemaphoreType.DMA((2,)),
+        w=pltpu.VMEM((rows, t.columns), operand),
+        b=pltpu.VMEM((r, t.columns), jnp.bfloat16) if r else None,
+    )
+    product = _Product(
         bits=w.bits,
         group=w.group if w.scale.shape[0] > 1 else 0,
-        side=tuple((s.bits, s.columns is not None) for s in side),
-        has_bias=bias is not None,
-        integers=a_bits < FLOAT_BITS,
+        side_bits=tuple(s.bits for s in side),
         fill=filler.body if filler else None,
         tiles=t,
         steps=steps,
         interpret=interpret,
     )
+    moved = w.words[0].nbytes + t.tokens * (rows + columns * jnp.dtype(dtype).itemsize)
+    in_place = pl.BlockSpec(memory_space=pl.ANY)
     y = pl.pallas_call(
-        body.run,
+        lambda *refs: _Step(product, *refs).run(),
         name="splitq_matmul",
         out_shape=jax.ShapeDtypeStruct((t.tokens, columns), dtype),
         grid=steps,
-        in_specs=[spec for _, spec in inputs],
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3, vmem_limit_bytes=on.vmem),
-        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=int(moved), transcendentals=0),
+        # what a filler reads XLA leaves in VMEM
+        in_specs=[
+            jax.tree.map(lambda _: in_place, by_column),
+            jax.tree.map(lambda _: pl.BlockSpec(memory_space=pltpu.VMEM) if filler else in_place, given),
+        ],
+        out_specs=in_place,
+        scratch_shapes=[kept],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",) * 3,
+            vmem_limit_bytes=on.vmem,
+            disable_bounds_checks=True,  # of every copy, 20 cycles of the scalar unit each
+        ),
+        cost_estimate=pl.CostEstimate(flops=2 * t.tokens * columns * (rows + r), bytes_accessed=int(moved), transcendentals=0),
         interpret=interpret,
-    )(*[array for array, _ in inputs])
+    )(by_column, given)
     return y if y.shape == (tokens, n) else y[:tokens, :n]
 
 
 @dataclass(frozen=True)
 class _Product:
-    """The body of all products.
+    """What all steps know.
 
     Attributes:
       bits: of the weight's codes.
       group: rows that share a scale, 0 where all do.
-      side: (bits, has column scales) of each segment of ``B``.
-      has_bias: whether a bias is added.
-      integers: whether tokens have steps.
+      side_bits: of each segment of ``B``.
       fill: makes the tokens' operands in VMEM; None where they come from HBM.
       tiles: the tiles.
       steps: of the grid: blocks of tokens, blocks of columns, rows of a block of tokens.
@@ -144,158 +177,195 @@ class _Product:
 
     bits: int
     group: int
-    side: tuple[tuple[int, bool], ...]
-    has_bias: bool
-    integers: bool
+    side_bits: tuple[int, ...]
     fill: Callable[..., None] | None
     tiles: tiles.Tiles
     steps: tuple[int, int, int]
     interpret: bool
 
-    def run(self, *refs: Any) -> None:
-        """Do one step of the grid."""
-        t, (_, column_steps, row_steps) = self.tiles, self.steps
-        *inputs, out, w_buffer, w_sems, x_buffer, x_sems, y_buffer, y_sems, w_ready, b_ready, s_own, t_own = refs
-        ins = iter(inputs)
-        words, scale = next(ins), next(ins)
-        sides = [(bits, next(ins), next(ins) if has_columns else None) for bits, has_columns in self.side]
-        bias = next(ins) if self.has_bias else None
-        rest = list(ins)
-        g, n, m = (pl.program_id(i) for i in range(3))
-        block, blocks = g * column_steps + n, self.steps[0] * column_steps
-        step, last = block * row_steps + m, blocks * row_steps - 1
-        piece = t.columns // t.pieces
-        slot = jax.lax.rem(step, 2)
-        # decoded once for all rows, unless that is done beside the MXU for nothing, or happens once anyway
+
+class _Step:
+    """One step of the grid."""
+
+    def __init__(self, product: _Product, by_column: _Columns, given: Any, out: Any, kept: _Kept) -> None:
+        self.product, self.by_column, self.given, self.out, self.kept = product, by_column, given, out, kept
+        self.tiles, (_, self.column_steps, self.row_steps) = product.tiles, product.steps
+        self.g, self.n, self.m = (pl.program_id(i) for i in range(3))
+        self.block, self.blocks = self.g * self.column_steps + self.n, product.steps[0] * self.column_steps
+        self.step, self.last = self.block * self.row_steps + self.m, self.blocks * self.row_steps - 1
+        self.piece = self.tiles.rows // self.tiles.pieces
         # groups fill the MXU by halves or less: many tokens meet weights that carry their scales, rounded to bfloat16
-        scaled = self.group > 0 and t.tokens > 256
-        keep = scaled or (row_steps > 1 and w_ready.dtype == jnp.bfloat16)
-        step_size = 0.5 if self.bits == 3 else 1.0  # 3-bit codes come doubled
-        keep_side = row_steps > 2
+        self.scaled = product.group > 0 and self.tiles.tokens > 256
+        # decoded once for all rows, unless that is done beside the MXU for nothing, or happens once anyway
+        self.keeps_w = self.scaled or (self.row_steps > 1 and kept.w.dtype == jnp.bfloat16)
+        self.keeps_b = self.row_steps > 2 and kept.b is not None
 
-        def part(p: Any) -> Any:
-            return pl.ds(pl.multiple_of(p * piece, tiles.LANES), piece)
-
-        def fetch_w(index: Any, p: Any) -> Any:
-            at = pl.multiple_of(jax.lax.rem(index, column_steps) * t.columns + p * piece, tiles.LANES)
-            buffer = jax.lax.rem(index, t.depth)
-            target = w_buffer.at[buffer, :, part(p)]
-            return pltpu.make_async_copy(words.at[:, pl.ds(at, piece)], target, w_sems.at[buffer, p])
-
-        def fetch_x(chunk: Any) -> Any:
-            source = rest[0].at[pl.ds(g * t.block + chunk * t.rows, t.rows)]
-            return pltpu.make_async_copy(source, x_buffer.at[pl.ds(chunk * t.rows, t.rows)], x_sems.at[chunk])
-
-        every = pl.ds(0, t.columns)
-
-        def store(at_step: Any, at: Any) -> Any:
-            """Write columns of a step's result."""
-            at_block, buffer = at_step // row_steps, jax.lax.rem(at_step, 2)
-            row = (at_block // column_steps) * t.block + jax.lax.rem(at_step, row_steps) * t.rows
-            column = pl.multiple_of(jax.lax.rem(at_block, column_steps) * t.columns + at.start, tiles.LANES)
-            target = out.at[pl.ds(row, t.rows), pl.ds(column, at.size)]
-            return pltpu.make_async_copy(y_buffer.at[buffer, :, at], target, y_sems.at[buffer])
-
-        def narrow(at: Any) -> Array:
-            """Return some columns of ``B``."""
-            parts = []
-            for bits, ref, column_scale in sides:
-                if column_scale is None:
-                    parts.append(expand(ref[:, at], bits, jnp.bfloat16))
-                    continue
-                rows = expand(ref[:, at], bits, jnp.float32) * column_scale[:, at]
-                parts.append(rounded(rows, self.interpret))
-            return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
-
-        def compute(at: Any) -> None:
-            """Compute some columns of this step's result."""
-            x = x_buffer[pl.ds(m * t.rows, t.rows)]
-            w = w_ready[:, at] if keep else expand(w_buffer[jax.lax.rem(block, t.depth), :, at], self.bits, w_ready.dtype)
-            x = x if x.dtype == w.dtype else x.astype(w.dtype)
-            if scaled:
-                y = dot(x, w, self.interpret)
-            elif self.group:
-                y = jnp.zeros((t.rows, at.size), jnp.float32)
-                for i in range(scale.shape[0]):
-                    rows = slice(i * self.group, (i + 1) * self.group)
-                    y += dot(x[:, rows], w[rows], self.interpret) * (scale[i : i + 1, at] * step_size)
-            else:
-                y = dot(x, w, self.interpret).astype(jnp.float32) * (scale[:, at] * step_size)
-            if self.integers:
-                y *= s_own[...] if self.fill else rest[1][...]
-            if sides:
-                b = b_ready[:, at] if keep_side else narrow(at)
-                y += dot(t_own[...] if self.fill else rest[-1][...], b, self.interpret)
-            if bias is not None:
-                y += bias[:, at]
-            y_buffer[slot, :, at] = y.astype(y_buffer.dtype)
-
-        def decode(at: slice) -> None:
-            if keep:
-                w_ready[:, at] = expand(w_buffer[jax.lax.rem(block, t.depth), :, at], self.bits, w_ready.dtype)
-
-        def begin() -> None:
-            if self.fill is None:
-                fetch_x(0).start()
-            pl.when(g == 0)(fetch_first)
-            if self.fill is None:
-                for chunk in range(1, row_steps):
-                    fetch_x(chunk).start()
-            else:
-                self.fill(rest, x_buffer, s_own, t_own, self.interpret)
-
-        def fetch_first() -> None:
-            for i in range(min(t.depth - 1, blocks)):
-                fetch_block(i)
-
-        def fetch_block(index: Any) -> None:
-            for p in range(t.pieces):
-                fetch_w(index, p).start()
-
-        def arrive(p: Any) -> None:
-            fetch_w(block, p).wait()
-            codes = w_buffer[jax.lax.rem(block, t.depth), :, part(p)]
-            if scaled:
-                decoded = expand(codes, self.bits, jnp.float32)
-                for i in range(scale.shape[0]):
-                    rows = slice(i * self.group, (i + 1) * self.group)
-                    w_ready[rows, part(p)] = rounded(decoded[rows] * (scale[i : i + 1, part(p)] * step_size), self.interpret)
-                filled = scale.shape[0] * self.group
-                if filled < w_ready.shape[0]:  # padding meets zeros of the tokens, but what lies in memory may be NaN
-                    w_ready[filled:, part(p)] = jnp.zeros((w_ready.shape[0] - filled, piece), w_ready.dtype)
-            elif keep:
-                w_ready[:, part(p)] = expand(codes, self.bits, w_ready.dtype)
-
-        def in_one() -> None:
-            for p in range(t.pieces):
-                pl.when(m == 0)(partial(arrive, p))
-            compute(every)
-            store(step, every).start()
-
-        def in_pieces() -> None:
-            def one(p: Any, _: None) -> None:
-                pl.when(m == 0)(partial(arrive, p))
-                compute(part(p))
-                store(step, part(p)).start()
-
-            jax.lax.fori_loop(0, t.pieces, one, None)
-
-        def keep_narrow() -> None:
-            b_ready[...] = narrow(every)
-
-        pl.when((n == 0) & (m == 0))(begin)
-        pl.when((m == 0) & (block + t.depth - 1 < blocks))(lambda: fetch_block(block + t.depth - 1))
-        if keep_side and sides:
-            pl.when(m == 0)(keep_narrow)
-        if self.fill is None:
-            pl.when(n == 0)(lambda: fetch_x(m).wait())
-        pl.when(step >= 2)(lambda: store(step - 2, every).wait())
+    def run(self) -> None:
+        """Do it."""
+        t, block, step = self.tiles, self.block, self.step
+        every = pl.ds(0, t.rows)
+        pl.when((self.n == 0) & (self.m == 0))(self.begin)
+        pl.when((self.m == 0) & (block + t.depth - 1 < self.blocks))(lambda: self.fetch_columns(block + t.depth - 1))
+        pl.when(self.m == 0)(self.take_columns)
+        pl.when(step >= 2)(lambda: self.store(step - 2, every).wait())
         # the first step computes what has arrived, the last one writes what is ready
-        edge = (step == 0) | (step == last)
+        edge = (step == 0) | (step == self.last)
         if t.pieces == 1:
-            in_one()
+            self.in_one()
         else:
-            pl.when(~edge)(in_one)
-            pl.when(edge)(in_pieces)
-        pl.when((step == last) & (step > 0))(lambda: store(step - 1, every).wait())
-        pl.when(step == last)(lambda: store(step, every).wait())
+            pl.when(~edge)(self.in_one)
+            pl.when(edge)(self.in_pieces)
+        pl.when((step == self.last) & (step > 0))(lambda: self.store(step - 1, every).wait())
+        pl.when(step == self.last)(lambda: self.store(step, every).wait())
+
+    # --- the ways in and out
+
+    def column_copies(self, index: Any) -> list[Any]:
+        """Return the copies that fetch a block of columns."""
+        t = self.tiles
+        column = index if self.product.steps[0] == 1 else jax.lax.rem(index, self.column_steps)
+        at = pl.ds(pl.multiple_of(column * t.columns, tiles.LANES), t.columns)
+        buffer = _modulo(index, t.depth)
+        pairs = zip(jax.tree.leaves(self.by_column), jax.tree.leaves(self.kept.columns), strict=True)
+        return [pltpu.make_async_copy(a.at[:, at], b.at[buffer], self.kept.columns_sem.at[buffer]) for a, b in pairs]
+
+    def fetch_columns(self, index: Any) -> None:
+        for copy in self.column_copies(index):
+            copy.start()
+
+    def token_copies(self, chunk: Any, p: Any) -> list[Any]:
+        """Return the copies that fetch a piece of a step's tokens."""
+        at = chunk * self.tiles.rows + p * self.piece
+        source, target = pl.ds(self.g * self.tiles.block + at, self.piece), pl.ds(at, self.piece)
+        pairs = zip(jax.tree.leaves(self.given), jax.tree.leaves(self.kept.tokens), strict=True)
+        return [pltpu.make_async_copy(a.at[source], b.at[target], self.kept.tokens_sem.at[chunk, p]) for a, b in pairs]
+
+    def begin(self) -> None:
+        """Send for a block of tokens, and for the first columns."""
+        if self.product.fill is not None:
+            pl.when(self.g == 0)(self.fetch_first_columns)
+            self.product.fill(self.given, *self.kept.tokens, self.product.interpret)
+            return
+        pieces = [divmod(i, self.tiles.pieces) for i in range(self.row_steps * self.tiles.pieces)]
+        for copy in self.token_copies(*pieces[0]):
+            copy.start()
+        pl.when(self.g == 0)(self.fetch_first_columns)
+        for piece in pieces[1:]:
+            for copy in self.token_copies(*piece):
+                copy.start()
+
+    def fetch_first_columns(self) -> None:
+        for i in range(min(self.tiles.depth - 1, self.blocks)):
+            self.fetch_columns(i)
+
+    def take_tokens(self, p: Any) -> None:
+        """Wait for a piece of this step's tokens."""
+        if self.product.fill is None:
+
+            @pl.when(self.n == 0)
+            def _() -> None:
+                for copy in self.token_copies(self.m, p):
+                    copy.wait()
+
+    def take_columns(self) -> None:
+        """Wait for this block's columns, and decode what is kept of them."""
+        for copy in self.column_copies(self.block):
+            copy.wait()
+        if self.keeps_b:
+            self.kept.b[...] = self.narrow()
+        if not self.keeps_w:
+            return
+        w, columns = self.kept.w, self.columns()
+        if not self.scaled:
+            w[...] = self.expanded(w.dtype)
+            return
+        decoded, group, groups = self.expanded(jnp.float32), self.product.group, columns.scale.shape[0]
+        for i in range(groups):
+            rows = slice(i * group, (i + 1) * group)
+            w[rows] = rounded(decoded[rows] * (columns.scale[i : i + 1] * self.step_size), self.product.interpret)
+        if groups * group < w.shape[0]:  # padding meets zeros of the tokens, but what lies in memory may be NaN
+            w[groups * group :] = jnp.zeros((w.shape[0] - groups * group, w.shape[1]), w.dtype)
+
+    def store(self, step: Any, at: Any) -> Any:
+        """Return the copy that writes rows of a step's result."""
+        t, block, buffer = self.tiles, step // self.row_steps, _modulo(step, 2)
+        row = (block // self.column_steps) * t.block + jax.lax.rem(step, self.row_steps) * t.rows + at.start
+        column = pl.multiple_of(jax.lax.rem(block, self.column_steps) * t.columns, tiles.LANES)
+        target = self.out.at[pl.ds(row, at.size), pl.ds(column, t.columns)]
+        return pltpu.make_async_copy(self.kept.y.at[buffer, at], target, self.kept.y_sem.at[buffer])
+
+    # --- the product
+
+    @property
+    def step_size(self) -> float:
+        """Of the codes as they are expanded: 3-bit codes come doubled."""
+        return 0.5 if self.product.bits == 3 else 1.0
+
+    def columns(self) -> _Columns:
+        """Return this block's columns."""
+        buffer = _modulo(self.block, self.tiles.depth)
+        columns: _Columns = jax.tree.map(lambda ref: ref.at[buffer], self.kept.columns)
+        return columns
+
+    def expanded(self, dtype: DTypeLike) -> Array:
+        return expand(self.columns().words[...], self.product.bits, dtype)
+
+    def narrow(self) -> Array:
+        """Return ``B``."""
+        parts = []
+        for bits, (words, scale) in zip(self.product.side_bits, self.columns().side, strict=True):
+            if scale is None:
+                parts.append(expand(words[...], bits, jnp.bfloat16))
+            else:
+                parts.append(rounded(expand(words[...], bits, jnp.float32) * scale[...], self.product.interpret))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+    def in_one(self) -> None:
+        """Compute the step's result and send it off."""
+        every = pl.ds(0, self.tiles.rows)
+        for p in range(self.tiles.pieces):
+            self.take_tokens(p)
+        self.compute(every, self.keeps_b)
+        self.store(self.step, every).start()
+
+    def in_pieces(self) -> None:
+        """Do the same, a piece of the tokens at a time."""
+        if self.kept.b is not None and not self.keeps_b:
+            self.kept.b[...] = self.narrow()
+
+        def one(p: Any, _: None) -> None:
+            at = pl.ds(pl.multiple_of(p * self.piece, self.piece), self.piece)
+            self.take_tokens(p)
+            self.compute(at, True)
+            self.store(self.step, at).start()
+
+        jax.lax.fori_loop(0, self.tiles.pieces, one, None)
+
+    def compute(self, at: Any, kept_b: bool) -> None:
+        """Compute some rows of the step's result."""
+        interpret, group, columns = self.product.interpret, self.product.group, self.columns()
+        rows = pl.ds(self.m * self.tiles.rows + at.start, at.size)
+        values, scale, side = jax.tree.map(lambda ref: ref[rows], self.kept.tokens)
+        w = self.kept.w[...] if self.keeps_w else self.expanded(self.kept.w.dtype)
+        values = values if values.dtype == w.dtype else values.astype(w.dtype)
+        if self.scaled:
+            y = dot(values, w, interpret)
+        elif group:
+            y = jnp.zeros((at.size, self.tiles.columns), jnp.float32)
+            for i in range(columns.scale.shape[0]):
+                share = slice(i * group, (i + 1) * group)
+                y += dot(values[:, share], w[share], interpret) * (columns.scale[i : i + 1] * self.step_size)
+        else:
+            y = dot(values, w, interpret).astype(jnp.float32) * (columns.scale[...] * self.step_size)
+        if scale is not None:
+            y *= scale
+        if side is not None:
+            y += dot(side, self.kept.b[...] if kept_b else self.narrow(), interpret)
+        if columns.bias is not None:
+            y += columns.bias[...]
+        self.kept.y[_modulo(self.step, 2), at] = y.astype(self.kept.y.dtype)
+
+
+def _modulo(index: Any, size: int) -> Any:
+    """Return ``index`` modulo ``size``, neither below 0: one operation where ``size`` is a power of two."""
+    return index & (size - 1) if size & (size - 1) == 0 else jax.lax.rem(index, size)

@@ -55,7 +55,9 @@ def quantize_activations(
         out_specs=[jax.tree.map(lambda o: pl.BlockSpec((plan.tokens, o.shape[1]), lambda i: (i, 0)), out)],
         scratch_shapes=[kept(plan, operand)],
         # in order: the first step makes what all use
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.chip().vmem),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.chip().vmem, disable_bounds_checks=True
+        ),
         interpret=interpret,
     )(given)
     return Activations(*(None if o is None else o[:tokens] for o in a))
