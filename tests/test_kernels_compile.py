@@ -68,6 +68,21 @@ def test_prefill(chip, model, name, bits):
     no_weight_sized_temporary(compiled, w)
 
 
+@pytest.mark.parametrize(
+    ("chip", "model", "bits", "tokens"),
+    [("v5e", "Qwen2.5-VL-7B", (3, 3), 6000), ("v6e", "Qwen2.5-VL-7B", (4, 8), 8192), ("v5e", "Qwen2.5-VL-7B", (4, 16), 2048)],
+    ids=str,
+)
+def test_many_tokens_of_the_widest_site(chip, model, bits, tokens):
+    """What the compiler spills fits VMEM beside what the kernel keeps, too."""
+    w = site(*sites_of(model)["down"], bits)
+
+    def product(a, w):
+        return tpu.quantized_matmul(a, w, None, dtype=jnp.bfloat16, interpret=False)
+
+    compile_for(chip, product, activations(tokens, w), w)
+
+
 @pytest.mark.parametrize(("chip", "bits"), [("v6e", (4, 4)), ("v5e", (4, 8)), ("tpu7x", (3, 3))], ids=str)
 def test_quantizing_tokens(chip, bits):
     w = site(*sites_of("Qwen2.5-VL-3B")["o"], bits)

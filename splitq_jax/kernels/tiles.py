@@ -79,7 +79,8 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, token_bytes: float, w_
 
     def taken(block: int, step: int, n: int) -> float:
         weights = rows * n * (depth * w_bytes + decoded_bytes)
-        return weights + block * token_bytes + step * n * 12 + 4 * MIB
+        spilled = step * token_bytes if on.generation == 5 and decoded_bytes > 1 else 0  # as bfloat16 meets v5's MXU
+        return weights + block * token_bytes + spilled + step * n * 12 + 4 * MIB
 
     def even(chunks: int) -> int:
         return up(-(-tokens // chunks), 64 if tokens > 64 else 16 if tokens > 8 else 8)

@@ -20,7 +20,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from splitq_jax.kernels import tiles
 from splitq_jax.kernels.operands import Activations, widen
-from splitq_jax.kernels.tpu_words import bytes_of, dot, expand, operand_type, pad_rows, rounded, stored_type
+from splitq_jax.kernels.tpu_words import dot, expand, operand_type, pad_rows, rounded, stored_type
 from splitq_jax.numerics import FLOAT_BITS
 from splitq_jax.qtensor import QTensor
 
@@ -93,10 +93,15 @@ def matmul(
     columns = tiles.up(n, tiles.LANES)
     rows, r = w.padded_rows, sum(s.words.shape[0] * (32 // s.bits if s.bits < 8 else 1) for s in side)
     stored, operand = stored_type(a_bits), operand_type(on, a_bits)
-    # a token's step takes a row of lanes
-    token_bytes = rows * bytes_of(stored, on) + 2 * r + 4 * tiles.LANES
-    t = tiles.tiles(on, tokens, rows, columns, token_bytes, w.bits / 8, bytes_of(operand, on))
+    # in VMEM a 4-bit integer takes a byte, a token's step a row of lanes
+    token_bytes = rows * jnp.dtype(stored).itemsize + 2 * r + 4 * tiles.LANES
+    t = tiles.tiles(on, tokens, rows, columns, token_bytes, w.bits / 8, jnp.dtype(operand).itemsize)
     steps = (t.tokens // t.block, columns // t.columns, t.block // t.rows)
+    group = w.group if w.scale.shape[0] > 1 else 0
+    # groups fill the MXU by halves or less: many tokens meet weights that carry their scales, rounded to bfloat16
+    scaled = group > 0 and t.tokens > 256
+    # decoded once for all rows, unless that is done beside the MXU for nothing, or happens once anyway
+    keeps_w = scaled or (steps[2] > 1 and operand == jnp.bfloat16)
 
     by_column = jax.tree.map(
         partial(widen, columns=columns),
@@ -124,12 +129,14 @@ def matmul(
         tokens_sem=pltpu.SemaphoreType.DMA((steps[2], t.pieces)),
         y=pltpu.VMEM((2, t.rows, t.columns), dtype),
         y_sem=pltpu.SemaphoreType.DMA((2,)),
-        w=pltpu.VMEM((rows, t.columns), operand),
-        b=pltpu.VMEM((r, t.columns), jnp.bfloat16) if r else None,
+        w=pltpu.VMEM((rows, t.columns), operand) if keeps_w else None,
+        b=pltpu.VMEM((r, t.columns), jnp.bfloat16) if r and (t.pieces > 1 or steps[2] > 2) else None,
     )
     product = _Product(
         bits=w.bits,
-        group=w.group if w.scale.shape[0] > 1 else 0,
+        operand=operand,
+        group=group,
+        scaled=scaled,
         side_bits=tuple(s.bits for s in side),
         fill=filler.body if filler else None,
         tiles=t,
@@ -167,7 +174,9 @@ class _Product:
 
     Attributes:
       bits: of the weight's codes.
+      operand: the type in which the product takes them.
       group: rows that share a scale, 0 where all do.
+      scaled: whether the weight carries those scales in the product.
       side_bits: of each segment of ``B``.
       fill: makes the tokens' operands in VMEM; None where they come from HBM.
       tiles: the tiles.
@@ -176,7 +185,9 @@ class _Product:
     """
 
     bits: int
+    operand: Any
     group: int
+    scaled: bool
     side_bits: tuple[int, ...]
     fill: Callable[..., None] | None
     tiles: tiles.Tiles
@@ -194,10 +205,6 @@ class _Step:
         self.block, self.blocks = self.g * self.column_steps + self.n, product.steps[0] * self.column_steps
         self.step, self.last = self.block * self.row_steps + self.m, self.blocks * self.row_steps - 1
         self.piece = self.tiles.rows // self.tiles.pieces
-        # groups fill the MXU by halves or less: many tokens meet weights that carry their scales, rounded to bfloat16
-        self.scaled = product.group > 0 and self.tiles.tokens > 256
-        # decoded once for all rows, unless that is done beside the MXU for nothing, or happens once anyway
-        self.keeps_w = self.scaled or (self.row_steps > 1 and kept.w.dtype == jnp.bfloat16)
         self.keeps_b = self.row_steps > 2 and kept.b is not None
 
     def run(self) -> None:
@@ -273,10 +280,10 @@ class _Step:
             copy.wait()
         if self.keeps_b:
             self.kept.b[...] = self.narrow()
-        if not self.keeps_w:
-            return
         w, columns = self.kept.w, self.columns()
-        if not self.scaled:
+        if w is None:
+            return
+        if not self.product.scaled:
             w[...] = self.expanded(w.dtype)
             return
         decoded, group, groups = self.expanded(jnp.float32), self.product.group, columns.scale.shape[0]
@@ -346,9 +353,9 @@ class _Step:
         interpret, group, columns = self.product.interpret, self.product.group, self.columns()
         rows = pl.ds(self.m * self.tiles.rows + at.start, at.size)
         values, scale, side = jax.tree.map(lambda ref: ref[rows], self.kept.tokens)
-        w = self.kept.w[...] if self.keeps_w else self.expanded(self.kept.w.dtype)
+        w = self.expanded(self.product.operand) if self.kept.w is None else self.kept.w[...]
         values = values if values.dtype == w.dtype else values.astype(w.dtype)
-        if self.scaled:
+        if self.product.scaled:
             y = dot(values, w, interpret)
         elif group:
             y = jnp.zeros((at.size, self.tiles.columns), jnp.float32)

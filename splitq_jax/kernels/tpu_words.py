@@ -57,11 +57,6 @@ def operand_type(on: tiles.Chip, a_bits: int) -> Any:
     return jnp.float8_e4m3fn if on.generation >= 7 else jnp.int4
 
 
-def bytes_of(dtype: Any, on: tiles.Chip) -> float:
-    """Return an element's bytes in VMEM; without an integer mode a 4-bit integer takes a whole one."""
-    return 0.5 if dtype == jnp.int4 and on.generation < 7 else jnp.dtype(dtype).itemsize
-
-
 def stored_type(a_bits: int) -> Any:
     """Return the type in which activations of so many bits come from HBM."""
     return jnp.bfloat16 if a_bits >= FLOAT_BITS else jnp.int8 if a_bits > 4 else jnp.int4
