@@ -22,8 +22,8 @@ NAMES = {
     "splitq": "**SplitQ** (MOCD + CWS + MAC)",
     "splitq-fixed": "SplitQ, fixed factors",
     "splitq,side_bits=8": "SplitQ, 8-bit side groups",
-    "splitq,mac_tokens=vision": "SplitQ, MAC on vision tokens",
-    "splitq,mac_start=1.0": "SplitQ, MAC's gate from 1",
+    "splitq,mac_start=0.0": "SplitQ, MAC's gate from 0",
+    "splitq,mac_tokens=vision,mac_start=0.0": "the same, MAC on vision tokens",
 }
 GPTQ = "rounding=gptq"
 SCHEMES = ("w4a8", "w4a4", "w3a3", "w3a2")

@@ -45,7 +45,7 @@ class Recipe:
       svd_per: one SVD a site or one a layer.
       cws_start: start of the diagonal of CWS's gate (``free``: the scale of V). 0 is a branch that is not there yet; at 1 its 4-bit factors
         lose more than it saves in the main weight.
-      mac_start: start of MAC's gate, which may as well be 1.
+      mac_start: start of MAC's gate, whose best is near 1: light training does not take it there from 0, where it would be MOCD + CWS.
       rounding: how weights are rounded: ``nearest``, or ``gptq``, which repairs each row's error in the rows after it, over all groups of a
         site, and what CWS's factors lose by their own rounding too (needs the statistics' Gram matrices).
       train: whether transforms, clips and gates are trained block by block.
@@ -75,7 +75,7 @@ class Recipe:
     mac_tokens: MacTokens = "text"
     svd_per: Literal["site", "layer"] = "site"
     cws_start: float = 0.0
-    mac_start: float = 0.0
+    mac_start: float = 1.0
     rounding: Rounding = "nearest"
     train: bool = True
     vision: str = "float"
