@@ -70,7 +70,7 @@ def test_prefill(chip, model, name, bits):
 
 @pytest.mark.parametrize(
     ("chip", "model", "bits", "tokens"),
-    [("v5e", "Qwen2.5-VL-7B", (3, 3), 6000), ("v6e", "Qwen2.5-VL-7B", (4, 8), 8192), ("v5e", "Qwen2.5-VL-7B", (4, 16), 2048)],
+    [("v5e", "Qwen2.5-VL-7B", (3, 3), 6000), ("tpu7x", "Qwen2.5-VL-7B", (4, 8), 8192), ("v5e", "Qwen2.5-VL-7B", (4, 16), 2048)],
     ids=str,
 )
 def test_many_tokens_of_the_widest_site(chip, model, bits, tokens):

@@ -94,7 +94,9 @@ def _quantized_after_xla(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
             *(pl.BlockSpec(a.shape, lambda i: (0, 0)) for a in others),
         ],
         out_specs=[pl.BlockSpec((rows, o.shape[1]), lambda i: (i, 0)) for o in outs],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=tiles.chip().vmem),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.chip().vmem, disable_bounds_checks=True
+        ),
         interpret=interpret,
     )(*by_token, *others)
     return Activations(values[:tokens], scale[:tokens], side[0][:tokens] if side else None)
