@@ -26,6 +26,9 @@ os.environ["TFDS_DISABLE_PROGRESS_BAR"] = "1"
 import jax
 import pytest
 from kernel_reference import BACKENDS
+from tiny import SPLIT, batches, model_and_params
+
+from splitq_jax import calib
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -36,3 +39,15 @@ jax.config.update("jax_default_matmul_precision", "highest")  # where an acceler
 def backend(request):
     """Return each backend of the kernels in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Return the tiny model and its parameters."""
+    return model_and_params()
+
+
+@pytest.fixture(scope="session")
+def stats(tiny):
+    """Return what calibration sees of them; modules on a planted site have their own."""
+    return calib.collect(*tiny, batches(4), SPLIT, gram=True)

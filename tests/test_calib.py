@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
-from tiny import batches, intermediates, merged, model_and_params
+from tiny import SPLIT, batches, intermediates, merged, model_and_params
 
 import splitq_jax as sq
 from splitq_jax import calib, recipes
@@ -21,18 +21,7 @@ from splitq_jax.mocd import TEXT, VISION, SplitSize
 from splitq_jax.quantization import freeze, kernels, prepare
 from splitq_jax.site import TrainableSplit, learnable, with_learnable
 
-SPLIT = SplitSize(rate=0.06, align=2)
 SHORT = FitConfig(steps=6, batch_size=8)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return model_and_params()
-
-
-@pytest.fixture(scope="module")
-def stats(tiny):
-    return calib.collect(*tiny, batches(4), SPLIT, gram=True)
 
 
 def recipe_of(method, scheme="w4a4", **changes):

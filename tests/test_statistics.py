@@ -1,22 +1,10 @@
 import jax
 import numpy as np
 import pytest
-from tiny import batches, intermediates, merged, model_and_params
+from tiny import SPLIT, batches, intermediates, merged
 
 from splitq_jax import calib
-from splitq_jax.mocd import FIRST, TEXT, VISION, SplitSize, select
-
-SPLIT = SplitSize(rate=0.06, align=2)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return model_and_params()
-
-
-@pytest.fixture(scope="module")
-def stats(tiny):
-    return calib.collect(*tiny, batches(4), SPLIT, gram=True)
+from splitq_jax.mocd import FIRST, TEXT, VISION, select
 
 
 def assert_equal_stats(a, b):

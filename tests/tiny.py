@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from splitq_jax.mocd import SplitSize
 from splitq_jax.models.llava import Llava, LlavaConfig
 
 IMAGE, VOCAB, WIDTH = 90, 96, 32
+SPLIT = SplitSize(rate=0.06, align=2)
 CONFIG = {
     "model_type": "llava",
     "image_token_index": IMAGE,

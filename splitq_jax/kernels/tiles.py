@@ -1,6 +1,6 @@
 """Tiles of the TPU kernels, by rule from the chip's generation and the shape: nothing is tried at run time."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -49,6 +49,12 @@ def chip() -> Chip:
     return Chip(info.generation, info.vmem_capacity_bytes * 25 // 32)
 
 
+def compiler_params(*semantics: Literal["parallel", "arbitrary"]) -> pltpu.CompilerParams:
+    """Return what every kernel asks of the compiler, for a grid whose axes are so."""
+    # a check of a copy's bounds takes 20 cycles of the scalar unit, for every copy of every step
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=chip().vmem, disable_bounds_checks=True)
+
+
 def up(value: int, unit: int) -> int:
     """Round up to a multiple."""
     return -(-value // unit) * unit
@@ -88,9 +94,8 @@ def tiles(on: Chip, tokens: int, rows: int, columns: int, token_bytes: float, w_
     chunks = -(-tokens // 2048)
     unit = LANES if on.generation == 5 or columns % 256 else 256  # columns of the MXU
     least = divisor(columns, 512, unit)  # fewer leave half of the MXU empty, or have its rows wait
-    while even(chunks) > 64 and taken(even(chunks), even(chunks), least if even(chunks) > 256 else LANES) > on.vmem:
+    while (step := even(chunks)) > 64 and taken(step, step, least if step > 256 else LANES) > on.vmem:
         chunks += 1
-    step = even(chunks)
     # a grid step costs some 450 cycles beside its products; the first one waits for its columns, at half of v6e's bandwidth on v5e
     narrow = decoded_bytes <= 1 if few else on.generation == 5 and columns <= 8192
     n = divisor(columns, 512 if narrow else 1024, unit)

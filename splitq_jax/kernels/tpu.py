@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float
 
 from splitq_jax.kernels import tiles, tpu_prefill, tpu_prefill_plan
@@ -94,9 +93,7 @@ def _quantized_after_xla(x: Float[Array, "M D"], w: SplitWeight, is_text: Bool[A
             *(pl.BlockSpec(a.shape, lambda i: (0, 0)) for a in others),
         ],
         out_specs=[pl.BlockSpec((rows, o.shape[1]), lambda i: (i, 0)) for o in outs],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=tiles.chip().vmem, disable_bounds_checks=True
-        ),
+        compiler_params=tiles.compiler_params("parallel"),
         interpret=interpret,
     )(*by_token, *others)
     return Activations(values[:tokens], scale[:tokens], side[0][:tokens] if side else None)

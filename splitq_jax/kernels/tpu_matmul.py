@@ -157,11 +157,7 @@ def matmul(
         ],
         out_specs=in_place,
         scratch_shapes=[kept],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",) * 3,
-            vmem_limit_bytes=on.vmem,
-            disable_bounds_checks=True,  # of every copy, 20 cycles of the scalar unit each
-        ),
+        compiler_params=tiles.compiler_params("arbitrary", "arbitrary", "arbitrary"),
         cost_estimate=pl.CostEstimate(flops=2 * t.tokens * columns * (rows + r), bytes_accessed=int(moved), transcendentals=0),
         interpret=interpret,
     )(by_column, given)
@@ -204,13 +200,12 @@ class _Step:
         self.g, self.n, self.m = (pl.program_id(i) for i in range(3))
         self.block, self.blocks = self.g * self.column_steps + self.n, product.steps[0] * self.column_steps
         self.step, self.last = self.block * self.row_steps + self.m, self.blocks * self.row_steps - 1
-        self.piece = self.tiles.rows // self.tiles.pieces
+        self.piece, self.every = self.tiles.rows // self.tiles.pieces, pl.ds(0, self.tiles.rows)
         self.keeps_b = self.row_steps > 2 and kept.b is not None
 
     def run(self) -> None:
         """Do it."""
-        t, block, step = self.tiles, self.block, self.step
-        every = pl.ds(0, t.rows)
+        t, block, step, every = self.tiles, self.block, self.step, self.every
         pl.when((self.n == 0) & (self.m == 0))(self.begin)
         pl.when((self.m == 0) & (block + t.depth - 1 < self.blocks))(lambda: self.fetch_columns(block + t.depth - 1))
         pl.when(self.m == 0)(self.take_columns)
@@ -253,13 +248,11 @@ class _Step:
             pl.when(self.g == 0)(self.fetch_first_columns)
             self.product.fill(self.given, *self.kept.tokens, self.product.interpret)
             return
-        pieces = [divmod(i, self.tiles.pieces) for i in range(self.row_steps * self.tiles.pieces)]
-        for copy in self.token_copies(*pieces[0]):
-            copy.start()
-        pl.when(self.g == 0)(self.fetch_first_columns)
-        for piece in pieces[1:]:
-            for copy in self.token_copies(*piece):
+        for i in range(self.row_steps * self.tiles.pieces):
+            for copy in self.token_copies(*divmod(i, self.tiles.pieces)):
                 copy.start()
+            if i == 0:  # what the first step needs comes first
+                pl.when(self.g == 0)(self.fetch_first_columns)
 
     def fetch_first_columns(self) -> None:
         for i in range(min(self.tiles.depth - 1, self.blocks)):
@@ -329,11 +322,10 @@ class _Step:
 
     def in_one(self) -> None:
         """Compute the step's result and send it off."""
-        every = pl.ds(0, self.tiles.rows)
         for p in range(self.tiles.pieces):
             self.take_tokens(p)
-        self.compute(every, self.keeps_b)
-        self.store(self.step, every).start()
+        self.compute(self.every, self.keeps_b)
+        self.store(self.step, self.every).start()
 
     def in_pieces(self) -> None:
         """Do the same, a piece of the tokens at a time."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 from splitq_jax.kernels import tiles
@@ -54,10 +53,7 @@ def quantize_activations(
         in_specs=[specs],
         out_specs=[jax.tree.map(lambda o: pl.BlockSpec((plan.tokens, o.shape[1]), lambda i: (i, 0)), out)],
         scratch_shapes=[kept(plan, operand)],
-        # in order: the first step makes what all use
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.chip().vmem, disable_bounds_checks=True
-        ),
+        compiler_params=tiles.compiler_params("arbitrary"),  # in order: the first step makes what all use
         interpret=interpret,
     )(given)
     return Activations(*(None if o is None else o[:tokens] for o in a))
